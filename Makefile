@@ -1,0 +1,58 @@
+# Two commands matter: `make demo` and `make test`. Each sets up .venv by itself and can be repeated.
+#
+#   make demo   PORT=8501 RUNS=runs PRESET=demo HEADLESS=1   a real RL run, live in the browser
+#   make test   the whole suite, real browser included       make test-slow   the minutes-long ones
+#   make lint   ruff, mypy                                   make bench       measurements, printed as tables
+#
+# PIP_ARGS is passed to pip. On Linux without a GPU, PyTorch's own index has a build without CUDA:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PORT ?= 8501
+RUNS ?= runs
+PRESET ?= demo
+HEADLESS ?=
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(RUN_STAMP)
+	@exec $(BIN)/mhpo demo --preset $(PRESET) --out "$(RUNS)" --port $(PORT) $(if $(filter-out 0,$(HEADLESS)),--headless)
+
+test: $(TEST_STAMP)
+	$(BIN)/python -m tests.e2e.browser
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(TEST_STAMP)
+	$(BIN)/python -m tests.e2e.browser
+	$(BIN)/python -m tests.benchmarks
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $$($(PYTHON) --version) is too old, Python 3.11 or newer is needed. Give one with PYTHON=python3.12." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+$(TEST_STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis artifacts

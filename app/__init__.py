@@ -1,0 +1,1 @@
+"""Everything that reads a stored run: command line, dashboard, figures."""

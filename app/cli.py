@@ -1,0 +1,55 @@
+"""`mhpo`: one parser, one file per command in `app/commands`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from mhpo_core.errors import MhpoError
+
+COMMANDS = {
+    "demo": "a real RL run and the dashboard on it, with one command",
+    "train": "train, and record every optimizer step",
+    "dash": "serve the dashboard over a folder of runs",
+    "runs": "list the runs of a folder",
+}
+_BAD_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(_BAD_INPUT, f"{self.prog}: {message}. `{self.prog} --help` shows what is allowed.\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command of COMMANDS."""
+    parser = _Parser(prog="mhpo", description="Training-stability diagnostics for RL runs of language models.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, summary in COMMANDS.items():
+        module = import_module(f"app.commands.{name}")
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, command=name)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 fine, 1 a finding, 2 bad input."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except MhpoError as error:
+        print(f"mhpo {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What the live page shows of a run, as one JSON text per state of the run, shared by every browser that looks."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from app.figures.board import LIVE_METRICS, board
+from app.text import visible
+from app.theme import PALETTES
+from collectors.layout import is_run
+from collectors.tail import RunTail
+from mhpo_core.errors import StoreError
+
+# Nothing new for this long, and for ten times the usual pause between steps, is worth a warning.
+STALE_SECONDS = 30.0
+
+
+class LiveRun:
+    """A run followed once for all viewers; `payload` is rebuilt only when the run changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tail: RunTail | None = None
+        self._lock = threading.Lock()
+        self._built: dict[str, tuple[Any, str]] = {}
+
+    def payload(self, window: str) -> str:
+        """The board's data as JSON; the same text object until something changed.
+
+        Args:
+            window: "all", or one of collectors.tail.RECENT.
+        """
+        with self._lock:
+            try:
+                return self._payload(window)
+            except (StoreError, duckdb.Error, OSError) as error:
+                return _message("critical", "unreadable", visible(str(error).splitlines()[0], 300))
+
+    def close(self) -> None:
+        """Release the store; the follower is of no use afterwards."""
+        with self._lock:
+            if self._tail is not None:
+                self._tail.close()
+
+    def _payload(self, window: str) -> str:
+        if self._tail is None:
+            if not is_run(self._path):
+                return _message("idle", "waiting", f"Waiting for {visible(self._path.name)} to begin.")
+            self._tail = RunTail(self._path, LIVE_METRICS)
+        tail = self._tail
+        tail.poll()
+        stale = _is_stale(tail)
+        key = (tail.version, stale)
+        if window not in self._built or self._built[window][0] != key:
+            self._built[window] = (key, json.dumps(_content(tail, window, stale)))
+        return self._built[window][1]
+
+
+def _content(tail: RunTail, window: str, stale: bool) -> dict[str, Any]:
+    with tail.locked():
+        drawn = tail.windows[window]
+        manifest = tail.manifest
+        level, text = _banner(tail, stale)
+        return {
+            "run": tail.run.name,
+            "window": window,
+            "version": tail.version,
+            "state": tail.state.name,
+            "level": level,
+            "banner": text,
+            "step": None if tail.last is None else tail.last.step,
+            "wall_time": None if tail.last is None else tail.last.wall_time,
+            "tiles": _tiles(tail),
+            "figure": board(drawn, manifest.get("on_policy") or {}, _objective(tail)) if drawn.size else None,
+            "palettes": PALETTES,
+        }
+
+
+def _message(level: str, state: str, text: str) -> str:
+    return json.dumps(
+        {
+            "run": "", "window": "", "version": 0, "state": state, "level": level, "banner": text, "step": None,
+            "wall_time": None, "tiles": [], "figure": None, "palettes": PALETTES,
+        }
+    )  # fmt: skip
+
+
+def _objective(tail: RunTail) -> str:
+    return str((tail.manifest.get("objective") or {}).get("name", "unknown"))
+
+
+def _is_stale(tail: RunTail) -> bool:
+    if tail.state.name != "running" or tail.last is None:
+        return False
+    return time.time() - tail.last.wall_time > max(STALE_SECONDS, 10 * (tail.usual_pause() or 0.0))
+
+
+def _banner(tail: RunTail, stale: bool) -> tuple[str, str]:
+    """Level and sentence for the state of the run; the detail is untrusted and goes out as text."""
+    name, detail = tail.state.name, visible(tail.state.detail, 300)
+    if name == "killed":
+        return (
+            "critical",
+            "The process that wrote this run died without a word. Everything up to the last step is here.",
+        )
+    if name == "failed":
+        return "critical", f"The run failed: {detail}"
+    if name == "stopped":
+        return "idle", f"The run was stopped: {detail}"
+    if name == "finished":
+        return "idle", "The run has finished."
+    if tail.last is None:
+        phase = f"{tail.state.phase.replace('_', ' ')}: {detail}" if tail.state.phase else ""
+        return "idle", f"Running, no step yet. {visible(phase)}".strip()
+    if stale:
+        return "warning", "No new step for a while, though the process is alive. The board shows the last one."
+    return "ok", ""
+
+
+def _tiles(tail: RunTail) -> list[dict[str, str]]:
+    last = tail.last
+    share = tail.recorder_share()
+    planned = _planned_steps(tail.manifest)
+    tiles = [
+        {"name": "objective", "label": "Objective", "value": visible(_objective(tail), 24), "note": ""},
+        {
+            "name": "step", "label": "Step", "value": "–" if last is None else f"{last.step:,}",
+            "note": f"of {planned:,}" if planned else "",
+        },
+        {"name": "tokens", "label": "Tokens seen", "value": f"{tail.n_tokens:,}", "note": ""},
+        {"name": "age", "label": "Newest data", "value": "–", "note": ""},
+        {
+            "name": "recorder", "label": "Recorder", "value": "–" if share is None else f"{100 * share:.2f} %",
+            "note": "of step time",
+        },
+    ]  # fmt: skip
+    numbers = {} if last is None else last.metrics
+    for name, text in (("reward_mean", "Reward"), ("entropy_mean", "Entropy"), ("grad_norm", "Gradient norm")):
+        value = numbers.get(name)
+        tiles.append({"name": name, "label": text, "value": "–" if value is None else f"{value:.4g}", "note": ""})
+    lost = tail.dropped_tokens
+    bad = numbers.get("nonfinite_count")
+    if bad:
+        tiles.append(
+            {"name": "nonfinite", "label": "Non-finite", "value": f"{bad:,.0f}", "note": "tokens", "level": "critical"}
+        )
+    if lost:
+        tiles.append(
+            {"name": "dropped", "label": "Not stored", "value": f"{lost:,}", "note": "tokens", "level": "warning"}
+        )
+    return tiles
+
+
+def _planned_steps(manifest: dict[str, Any]) -> int | None:
+    iterations = (manifest.get("config") or {}).get("iterations")
+    if not isinstance(iterations, int):
+        return None
+    return iterations * int(manifest.get("updates_per_iteration") or 1)

@@ -1,0 +1,48 @@
+"""What the pages share: the folder of runs, its run names, one follower per run for the whole process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from app.live import LiveRun
+from app.server import RUN_VARIABLE, RUNS_VARIABLE
+from collectors.listing import run_folders
+from mhpo_core.errors import StoreError
+
+_followers: dict[Path, LiveRun] = {}
+_lock = threading.Lock()
+
+
+def runs_folder() -> Path:
+    """The folder the server was started on."""
+    return Path(os.environ.get(RUNS_VARIABLE, "runs"))
+
+
+def run_names() -> list[str]:
+    """Names of the runs, newest first; the one the server was started for leads, even before it exists."""
+    try:
+        names = [p.name for p in run_folders(runs_folder())]
+    except StoreError:
+        names = []
+    first = os.environ.get(RUN_VARIABLE, "")
+    return [first, *(n for n in names if n != first)] if first else names
+
+
+def follow(name: str) -> LiveRun:
+    """The follower of a run of the folder.
+
+    Args:
+        name: one of run_names(); anything else cannot name a path, since only the last part of it is used.
+    """
+    path = runs_folder() / Path(name).name
+    with _lock:
+        return _followers.setdefault(path, LiveRun(path))
+
+
+def close_followers() -> None:
+    """Close every follower; DuckDB complains about connections that are open when the interpreter ends."""
+    with _lock:
+        while _followers:
+            _followers.popitem()[1].close()
