@@ -30,15 +30,30 @@ class RunState:
     phase: str
 
 
+class StateReader:
+    """Reads a run's state again and again; the event files only when there is a new one."""
+
+    def __init__(self, run: Path, connection: duckdb.DuckDBPyConnection) -> None:
+        self._run, self._connection = run, connection
+        self._newest: list[str] = []
+        self._event = ("", "")
+
+    def read(self) -> RunState:
+        """The state now. The lock is asked first, since a writer ends with an event and then lets go."""
+        alive = has_writer(self._run)
+        # two processes' clocks can disagree by more than their events are apart, so the names alone do not decide
+        newest = sorted(str(p) for p in (self._run / layout.EVENTS).glob("e*.parquet"))[-4:]
+        if newest != self._newest:
+            self._event = self._read_newest(newest) if newest else ("", "")
+            self._newest = newest
+        kind, detail = self._event
+        return RunState("running" if alive else _ENDS.get(kind, "killed"), detail, kind)
+
+    def _read_newest(self, paths: list[str]) -> tuple[str, str]:
+        query = f"SELECT kind, detail FROM {read_parquet(paths)} ORDER BY time DESC LIMIT 1"
+        return self._connection.execute(query).fetchone() or ("", "")
+
+
 def run_state(run: Path, connection: duckdb.DuckDBPyConnection) -> RunState:
-    """State from the writer's lock and the newest event; the lock is asked first, since a writer ends with an event."""
-    alive = has_writer(run)
-    paths = sorted(str(p) for p in (run / layout.EVENTS).glob("e*.parquet"))
-    if not paths:
-        return RunState("running" if alive else "killed", "", "")
-    newest = read_parquet(paths[-4:])
-    row = connection.execute(f"SELECT kind, detail FROM {newest} ORDER BY time DESC LIMIT 1").fetchone()
-    kind, detail = row or ("", "")
-    if alive:
-        return RunState("running", detail, kind)
-    return RunState(_ENDS.get(kind, "killed"), detail, kind)
+    """State of a run that is looked at once."""
+    return StateReader(run, connection).read()

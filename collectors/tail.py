@@ -14,7 +14,7 @@ import numpy as np
 
 from collectors import layout
 from collectors.layout import StepFile
-from collectors.state import RunState, run_state
+from collectors.state import RunState, StateReader
 from collectors.views import read_parquet
 from collectors.window import StepSummary, Window
 from mhpo_core.histograms import N_BINS
@@ -47,6 +47,7 @@ class RunTail:
         self._metrics = metrics
         self._lock = threading.RLock()
         self._connection = duckdb.connect(":memory:")
+        self._states = StateReader(self.run, self._connection)
         self._stamp: tuple[int, ...] = ()
         self._trusted = False
         self._reset()
@@ -66,7 +67,7 @@ class RunTail:
         """Read what was committed since the last call; True if anything changed, the run's state included."""
         with self._lock:
             changed = self._poll_steps()
-            state = run_state(self.run, self._connection)
+            state = self._states.read()
             changed |= state != self.state
             self.state = state
             self.version += changed

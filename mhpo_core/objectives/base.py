@@ -112,7 +112,7 @@ class Objective(ABC):
         """
         terms = self.terms(batch)
         logp = torch.where(batch.mask, batch.logp_new.to(terms.surrogate.dtype), torch.zeros_like(terms.surrogate))
-        slope = terms.gradient_multiplier * torch.where(batch.mask, batch.advantage.detach(), 0).to(logp.dtype)
+        slope = terms.gradient_multiplier * torch.where(batch.mask, batch.advantage, 0).to(logp.dtype)
         surrogate = _WithSlope.apply(terms.surrogate, slope, logp)  # type: ignore[no-untyped-call]
         return -aggregate(surrogate, batch.mask, aggregation or self.canonical_aggregation, loss_scale)
 

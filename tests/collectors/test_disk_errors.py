@@ -8,12 +8,14 @@ import os
 import resource
 import signal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from collectors import Recorder, open_run
 from collectors.tail import RunTail
-from tests.collectors.support import B, column, rows, token_batch, wait_for
-from tests.collectors.writer import _CONTEXT
+from tests.collectors.support import B, column, record_steps, rows, token_batch, wait_for
+from tests.collectors.writer import PROCESSES
 
 
 @pytest.fixture
@@ -51,6 +53,38 @@ def test_a_full_disk_loses_whole_steps_and_says_how_many(tmp_path, full_disk, ca
     assert events[1][1].startswith("4 steps: writing failed: ") and "No space left" in events[1][1]
     assert not list(run.rglob("*.tmp"))
     assert [r.message for r in caplog.records if "training goes on" in r.message][1:] == []
+
+
+def test_rows_of_a_lost_step_stay_lost_when_only_its_neighbours_steps_are_sealed(tmp_path, full_disk):
+    run = tmp_path / "run"
+    with Recorder(run, objective="mhpo", fsync=False) as writer:
+        for step, broken in ((0, set()), (1, {"rollup/hot"}), (2, {"tokens/sealed", "sequences/sealed"})):
+            full_disk.clear()
+            full_disk |= broken
+            writer.record(step, token_batch(step))
+            wait_for(writer)
+    assert list((run / "rollup" / "sealed").iterdir()) and not list((run / "tokens" / "sealed").iterdir())
+    with open_run(run) as opened:
+        for table in ("steps", "tokens", "sequences"):
+            assert column(opened, f"SELECT DISTINCT step FROM {table} ORDER BY 1") == [0, 2]
+
+
+def test_a_file_gets_its_name_when_it_is_whole_and_never_before(tmp_path, monkeypatch, seal_after):
+    seal_after(3)
+    replace, published = os.replace, []
+
+    def check_then_replace(source, target):
+        assert str(source).endswith(f".{os.getpid()}.tmp") and not os.path.exists(target)
+        if str(target).endswith(".parquet"):
+            assert pq.read_table(pa.OSFile(str(source))).num_rows > 0
+        published.append(str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", check_then_replace)
+    record_steps(tmp_path / "run", range(7), vocabulary={1: "x"}, config={})
+    found = {str(p) for p in (tmp_path / "run").rglob("*") if p.is_file()} - {str(tmp_path / "run" / "writer.lock")}
+    assert set(published) == found and len(published) == 31
+    assert column(tmp_path / "run", "SELECT kind FROM events") == ["started", "finished"]
 
 
 def test_a_loss_at_the_very_end_is_counted_too(tmp_path, full_disk):
@@ -94,8 +128,8 @@ def _record_below_a_size_limit(path, reports):
 
 
 def test_a_write_that_the_kernel_refuses_loses_that_step_alone(tmp_path):
-    reports, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_record_below_a_size_limit, args=(tmp_path / "run", theirs), daemon=True)
+    reports, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_record_below_a_size_limit, args=(tmp_path / "run", theirs), daemon=True)
     process.start()
     assert reports.poll(60) and reports.recv() == "training went on"
     process.join()

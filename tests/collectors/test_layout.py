@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import threading
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +23,7 @@ from collectors.layout import (
 )
 from collectors.reader import Run
 from tests.collectors.support import column, record_steps
+from tests.collectors.writer import PROCESSES
 
 
 def test_names_say_which_steps_a_file_holds():
@@ -53,32 +54,28 @@ def test_a_step_that_is_both_hot_and_sealed_is_listed_once(tmp_path):
     assert found == [names[4], names[3], names[2]]
 
 
+def commit_forever(folder: Path, first: int) -> None:
+    for step in range(first, 20_000):
+        temporary = folder / (hot_name(step, 0) + ".1.tmp")
+        temporary.touch()
+        temporary.replace(folder / hot_name(step, 0))
+
+
 def test_a_listing_never_shows_a_step_and_hides_the_one_before(tmp_path):
     # on ext4 one reading of a busy folder misses files that were renamed into it while it was read
     for step in range(300):
         (tmp_path / hot_name(step, 0)).touch()
-    stop = threading.Event()
-
-    def commit() -> None:
-        for step in range(300, 30_000):
-            temporary = tmp_path / (hot_name(step, 0) + ".1.tmp")
-            temporary.touch()
-            temporary.replace(tmp_path / hot_name(step, 0))
-            if stop.wait(0.0003):
-                return
-
-    thread = threading.Thread(target=commit)
-    thread.start()
+    process = PROCESSES.Process(target=commit_forever, args=(tmp_path, 300), daemon=True)
+    process.start()
     newest = 299
     try:
-        for _ in range(40):
+        while newest < 2500:
             steps = sorted(f.first for f in list_hot(tmp_path))
             assert steps == list(range(len(steps))) and steps[-1] >= newest
             newest = steps[-1]
     finally:
-        stop.set()
-        thread.join()
-    assert newest > 300
+        process.kill()
+        process.join()
 
 
 def test_rows_of_a_step_that_is_not_yet_in_the_listing_of_steps_stay_out(tmp_path, monkeypatch, seal_after):

@@ -19,8 +19,8 @@ import torch
 from collectors import Recorder, store
 from tests.collectors.support import token_batch
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
 
 SEEDS = 40
 """Steps that far apart have the same batch, so that a writer is limited by the disk and not by random numbers."""
@@ -48,8 +48,8 @@ class Writer:
 @contextlib.contextmanager
 def writing(path: Path, *, first: int = 0, seal_after: int = 256, grace: float = 60.0) -> Iterator[Writer]:
     """A process that records first, first + 1, … for as long as the block lasts."""
-    reports, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_record, args=(path, theirs, first, seal_after, grace), daemon=True)
+    reports, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_record, args=(path, theirs, first, seal_after, grace), daemon=True)
     process.start()
     theirs.close()
     try:

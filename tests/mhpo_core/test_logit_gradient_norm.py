@@ -92,6 +92,11 @@ def test_a_nearly_certain_token_keeps_its_digits_in_float32(miss):
     assert norm_of(one_token(logp, 1.0, None, torch.float32)).item() == pytest.approx(miss, rel=1e-5)
 
 
+def test_a_token_without_weight_has_norm_zero_whatever_its_distribution():
+    assert norm_of(one_token(-1.0, 0.0, math.nan)).item() == 0
+    assert math.isnan(norm_of(one_token(-1.0, 1.0, math.nan)).item())
+
+
 def test_zero_advantage_hides_an_infinite_ratio():
     batch = TokenBatch(
         torch.tensor([[-1.0, -1.0]]), torch.tensor([[-math.inf, -math.nan]]), torch.tensor([0.0]), torch.ones(1, 2)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mhpo_core import TokenBatch, objectives
@@ -102,7 +102,7 @@ def assert_same(found, expected):
         if value is None:
             assert found[name] is None, name
         else:
-            assert found[name] == pytest.approx(value, rel=1e-11, abs=1e-12), name
+            assert found[name] == pytest.approx(value, rel=1e-11, abs=1e-12, nan_ok=True), name
 
 
 def spoiled(batch, seed) -> TokenBatch:
@@ -119,6 +119,7 @@ def spoiled(batch, seed) -> TokenBatch:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 30), width=st.integers(1, 12), spoil=st.booleans())
+@example(seed=2, rows=25, width=9, spoil=True)  # two infinite ratios: the sum of is_pg's norms overflows, NaN share
 @settings(deadline=None, max_examples=25)
 def test_scalars_against_numpy(name, seed, rows, width, spoil, random_batch):
     batch = random_batch(seed, rows, width)
@@ -183,7 +184,9 @@ def test_mismatch_is_old_minus_rollout():
 
 def test_kl_k3_keeps_the_digits_of_a_small_shift():
     # k3 = x²/2 + x³/6 + …; exp(x) − 1 without expm1 has an error of 1e-16 on 5e-13
-    assert scalars_of(tokens([1e-6], [1.0]))["kl_old_new_k3"] == pytest.approx(5e-13 + 1e-18 / 6, rel=1e-9)
+    found = scalars_of(tokens([1e-6], [1.0], logp_rollout=[-1e-6]))
+    for name in ("kl_old_new_k3", "kl_rollout_old_k3"):
+        assert found[name] == pytest.approx(5e-13 + 1e-18 / 6, rel=1e-9, abs=0)
 
 
 @pytest.mark.parametrize("name", ["kl_old_new_k3", "kl_rollout_old_k3"])

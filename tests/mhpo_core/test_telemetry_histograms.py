@@ -25,7 +25,8 @@ def histograms_of(batch, name) -> dict:
 
 
 def slow_bin(value) -> int:
-    value = float(np.float32(value))
+    with np.errstate(over="ignore"):
+        value = float(np.float32(value))
     index = int(np.searchsorted(EDGES[ZERO_BIN + 1 : -1], abs(value), side="right"))
     return ZERO_BIN + (index if value > 0 else -index)
 
@@ -53,15 +54,14 @@ def slow_histograms(batch, telemetry) -> dict:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@given(seed=st.integers(0, 10**6), bad=st.sampled_from([None, math.nan, math.inf, -math.inf]))
-@settings(deadline=None, max_examples=20)
-def test_against_a_loop(name, seed, bad, random_batch):
+@pytest.mark.parametrize("field", ["logp_old", "advantage", "entropy", "logp_rollout"])
+@given(seed=st.integers(0, 10**6), bad=st.sampled_from([0.0, math.nan, math.inf, -math.inf]))
+@settings(deadline=None, max_examples=10)
+def test_against_a_loop(name, field, seed, bad, random_batch):
     batch = random_batch(seed)
-    if bad is not None:
-        for field in ("logp_old", "advantage", "entropy", "logp_rollout"):
-            values = getattr(batch, field).clone()
-            values[0, 0] = bad
-            batch = replace(batch, **{field: values})
+    values = getattr(batch, field).clone()
+    values[0, 0] = bad
+    batch = replace(batch, **{field: values})
     found, expected = histograms_of(batch, name), slow_histograms(batch, measure(batch, objectives.create(name)))
     assert set(found) == set(expected)
     for key, (count, weight) in expected.items():
