@@ -38,7 +38,7 @@ def board(window: Window, on_policy: dict[str, float], objective: str) -> Spec:
     """
     # the middle of the bin, not of the steps that are in it yet: evenly spaced columns are painted several times faster
     x = window.first[: window.size] // window.width * window.width + (window.width - 1) / 2.0
-    figure = Canvas(x)
+    figure = Canvas(x, window.width)
     _policy_shift(figure, window)
     has_hazard = "hazard" in on_policy
     (_hazard if has_hazard else _clipping)(figure, window, on_policy, objective)
@@ -101,8 +101,8 @@ def _hazard(figure: Canvas, window: Window, on_policy: dict[str, float], _: str)
     figure.panel(_LEFT, (0.27, 0.43), "Cumulative hazard", legend)
     figure.metric(window, "hazard_positive_mean", "ζ₊", "@expansion")
     figure.metric(window, "hazard_negative_mean", "ζ₋", "@contraction")
-    for name, symbol in (("hazard_positive", "ζ₊"), ("hazard_negative", "ζ₋")):
-        figure.baseline(on_policy[name], f"{symbol} on-policy {on_policy[name]:.3f}")
+    figure.baseline(on_policy["hazard_positive"], f"ζ₊ on-policy {on_policy['hazard_positive']:.3f}")
+    figure.baseline(on_policy["hazard_negative"], f"ζ₋ on-policy {on_policy['hazard_negative']:.3f}", below=True)
 
 
 def _clipping(figure: Canvas, window: Window, _: dict[str, float], objective: str) -> None:

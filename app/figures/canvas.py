@@ -26,9 +26,14 @@ class Canvas:
     """A figure under construction: every panel has a y axis of its own, the panels of one column share their x axis.
 
     An axis costs the browser as much time per refresh as a line, so there are as few as possible.
+
+    Args:
+        x: (K,) middles of the columns, in steps.
+        width: steps of one column.
     """
 
     x: Floats
+    width: float
     traces: list[Spec] = field(default_factory=list)
     layout: Spec = field(default_factory=dict)
     panels: int = 0
@@ -43,7 +48,8 @@ class Canvas:
             self._columns.append(columns)
         self.layout["xaxis" + self._x] = {
             "domain": columns, "anchor": f"y{self._y}", "showgrid": False, "zeroline": False, "linecolor": "@border",
-            "tickfont": {"size": 11, "color": "@muted"}, "showspikes": True, "spikemode": "across",
+            "tickfont": {"size": 11, "color": "@muted"}, "autorangeoptions": {"include": self._span()},
+            "showspikes": True, "spikemode": "across",
             "spikethickness": 1, "spikecolor": "@muted", "spikedash": "dot", **({"matches": "x"} if self._x else {}),
         }  # fmt: skip
         self.layout["yaxis" + self._y] = {
@@ -51,6 +57,10 @@ class Canvas:
             "tickfont": {"size": 11, "color": "@muted"}, "automargin": False, **axis,
         }  # fmt: skip
         self.annotate(f"<b>{title}</b>  <span style='color:@muted'>{note}</span>", columns[0], rows[1] + 0.008)
+
+    def _span(self) -> list[float]:
+        # Whole columns; plotly's own choice ends in the middle of the last one. A `range` would undo the reader's zoom.
+        return [float(self.x[0] - self.width / 2), float(self.x[-1] + self.width / 2)]
 
     @property
     def _x(self) -> str:
@@ -142,8 +152,8 @@ class Canvas:
         self.annotate(why, 0.5, 0.4, font={"size": 11, "color": "@muted"}, **place)
         self.y_axis["showticklabels"] = False
 
-    def baseline(self, value: float, text: str) -> None:
-        """A dashed level across the current panel."""
+    def baseline(self, value: float, text: str, *, below: bool = False) -> None:
+        """A dashed level across the current panel, its text on the side where the data is not."""
         axes = self.axes
         self.layout.setdefault("shapes", []).append(
             {
@@ -153,5 +163,5 @@ class Canvas:
         )  # fmt: skip
         self.annotate(
             text, 0.998, value, xref=f"{axes['xaxis']} domain", yref=axes["yaxis"], xanchor="right",
-            font={"size": 10, "color": "@muted"},
+            yanchor="top" if below else "bottom", font={"size": 10, "color": "@muted"},
         )  # fmt: skip

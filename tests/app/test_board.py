@@ -73,6 +73,7 @@ def test_updates_of_one_iteration_are_one_column(tmp_path: Path) -> None:
     figure = drawn(tmp_path / "run")
     np.testing.assert_array_equal(decoded(named(figure, "gradient norm")["x"]), [1.5, 5.5, 9.5])
     np.testing.assert_allclose(decoded(named(figure, "gradient norm")["y"]), [2.5, 6.5, 10.5])
+    assert figure["layout"]["xaxis"]["autorangeoptions"] == {"include": [-0.5, 11.5]}, "whole columns"
     band = named(figure, "gradient norm range")
     assert decoded(band["y"]).tolist() == [4, 8, 12, 9, 5, 1] and decoded(band["x"]).tolist() == [
         1.5,

@@ -39,6 +39,7 @@ def run() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         for threads in (1, 2):
             torch.set_num_threads(threads)
+            _seconds(config, _Nothing())  # the first run of a process is slower
             for number in range(ROUNDS):
                 path = Path(folder) / f"{threads}-{number}"
                 without = _seconds(config, _Nothing())

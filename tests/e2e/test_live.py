@@ -72,12 +72,13 @@ def test_zoom_hover_and_node_survive_refreshes(
         box = plot.bounding_box()
         assert box
         middle = box["y"] + box["height"] / 2
+        before = page.page.evaluate("document.querySelector('.mhpo-plot').layout.xaxis.range.reduce((a, b) => b - a)")
         page.page.mouse.move(box["x"] + box["width"] * 0.3, middle)
         page.page.mouse.down()
         page.page.mouse.move(box["x"] + box["width"] * 0.6, middle, steps=8)
         page.page.mouse.up()
-        zoomed = "() => document.querySelector('.mhpo-plot').layout.xaxis.autorange === false"
-        page.page.wait_for_function(zoomed)
+        width = "document.querySelector('.mhpo-plot').layout.xaxis.range.reduce((a, b) => b - a)"
+        page.page.wait_for_function(f"{width} < {0.5 * before}")
         page.page.evaluate("window.node = document.querySelector('.mhpo-plot .main-svg')")
         read = "() => [...document.querySelector('.mhpo-plot').layout.xaxis.range].map(v => Math.round(v * 1e6))"
         kept = page.page.evaluate(read)
