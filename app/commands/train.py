@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from app.text import human_duration
 from collectors import Recorder
 from collectors.layout import is_run
@@ -40,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(to_toml(config), end="")
         return 0
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     folder = _run_folder(options, config)
     stop = _stop_requested(os.getppid() if options.with_parent else None)
     task = open_task(config)
