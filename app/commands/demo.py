@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from app.commands.train import DEFAULT_RUNS
 from app.guard import LOOPBACK
 from app.server import DEFAULT_PORT, require_free_port, serve
+from collectors.layout import is_run
 from mhpo_core.training import load_preset
 
 _GIVE_UP_AFTER = 20.0  # seconds; a trainer asked to stop finishes its step and writes what waits
@@ -30,11 +33,19 @@ def run(options: argparse.Namespace) -> int:
     require_free_port(LOOPBACK[0], options.port)
     name = f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     trainer = _start_trainer(options, name)
+    threading.Thread(target=_leave_if_never_begun, args=(trainer, options.out / name), daemon=True).start()
     try:
         serve(options.out, port=options.port, run=name, open_browser=not options.headless)
     finally:
+        ended_by_itself = trainer.poll()
         _end(trainer)
-    return 0
+    return 2 if ended_by_itself and not is_run(options.out / name) else 0
+
+
+def _leave_if_never_begun(trainer: subprocess.Popen[bytes], run: Path) -> None:
+    """End the demo when the trainer ended without a run; it has said why. A run that broke stays on the page."""
+    if trainer.wait() != 0 and not is_run(run):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _start_trainer(options: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:

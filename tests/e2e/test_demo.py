@@ -76,3 +76,12 @@ def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert len(told) == 1 and f"port {port} on 127.0.0.1 is not free" in told[0] and "PORT=" in told[0]
     assert not (tmp_path / "runs").exists(), "nothing was started"
+
+
+def test_a_folder_that_cannot_be_written_ends_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    command = ["make", "demo", "HEADLESS=1", f"PORT={free_port()}", f"RUNS={tmp_path / 'file' / 'runs'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    told = [line for line in done.stderr.splitlines() if not line.startswith(("make", "Dashboard"))]
+    assert done.returncode != 0
+    assert len(told) == 1 and "cannot be written" in told[0], done.stderr
