@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gc
 import hashlib
-import os
 import re
 import signal
 import socket
@@ -20,12 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from app import session, settings
 from app.guard import LOOPBACK, LocalOnly, SecurityHeaders
 from app.theme import streamlit_options
 from mhpo_core.errors import ServerError
 
 DEFAULT_PORT = 8501
-RUNS_VARIABLE, RUN_VARIABLE = "MHPO_RUNS", "MHPO_RUN"
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -68,7 +67,7 @@ def serve(
         ServerError: see require_free_port.
     """
     require_free_port(host, port)
-    os.environ[RUNS_VARIABLE], os.environ[RUN_VARIABLE] = str(runs.absolute()), run
+    settings.remember(runs, run)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     threading.Thread(target=_announce, args=(url, open_browser), daemon=True).start()
     # uvicorn raises the signal again after it has shut down; without a handler that would end the process there
@@ -115,8 +114,6 @@ def _inline_scripts() -> list[str]:
 async def _lifespan(_: object) -> AsyncIterator[None]:
     import duckdb  # noqa: F401
     import pandas  # noqa: F401
-
-    from app import session
 
     # Streamlit collects garbage after every refresh; frozen, the imported modules are not walked each time (30 ms)
     gc.collect()

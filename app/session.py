@@ -1,23 +1,17 @@
-"""What the pages share: the folder of runs, its run names, one follower per run for the whole process."""
+"""What the pages share: the names of the runs, and one follower per run for the whole process."""
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
 from app.live import LiveRun
-from app.server import RUN_VARIABLE, RUNS_VARIABLE
+from app.settings import first_run, runs_folder
 from collectors.listing import run_folders
 from mhpo_core.errors import StoreError
 
 _followers: dict[Path, LiveRun] = {}
 _lock = threading.Lock()
-
-
-def runs_folder() -> Path:
-    """The folder the server was started on."""
-    return Path(os.environ.get(RUNS_VARIABLE, "runs"))
 
 
 def run_names() -> list[str]:
@@ -26,7 +20,7 @@ def run_names() -> list[str]:
         names = [p.name for p in run_folders(runs_folder())]
     except StoreError:
         names = []
-    first = os.environ.get(RUN_VARIABLE, "")
+    first = first_run()
     return [first, *(n for n in names if n != first)] if first else names
 
 

@@ -3,7 +3,8 @@
 import streamlit as st
 
 from app.components import live_board
-from app.session import follow, run_names, runs_folder
+from app.session import follow, run_names
+from app.settings import runs_folder
 from app.text import visible
 from collectors.tail import ALL_STEPS, RECENT
 

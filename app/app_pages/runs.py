@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app.session import runs_folder
+from app.settings import runs_folder
 from app.text import human_bytes, visible
 from collectors.listing import list_runs
 from mhpo_core.errors import StoreError

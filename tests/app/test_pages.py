@@ -12,7 +12,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app import session
-from app.server import RUN_VARIABLE, RUNS_VARIABLE
+from app.settings import RUN_VARIABLE, RUNS_VARIABLE
 from app.theme import PALETTES
 from collectors import Recorder
 from mhpo_core import TokenBatch
