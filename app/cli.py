@@ -23,21 +23,23 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_BAD_INPUT, f"{self.prog}: {message}. `{self.prog} --help` shows what is allowed.\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command of COMMANDS."""
+def build_parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser with every command of COMMANDS; only the wanted one's module is loaded, since some take seconds."""
     parser = _Parser(prog="mhpo", description="Training-stability diagnostics for RL runs of language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, summary in COMMANDS.items():
-        module = import_module(f"app.commands.{name}")
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        module.add_arguments(command)
-        command.set_defaults(run=module.run, command=name)
+        if name == wanted:
+            module = import_module(f"app.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run, command=name)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 fine, 1 a finding, 2 bad input."""
-    options = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = build_parser(next(iter(given), None)).parse_args(given)
     try:
         return int(options.run(options) or 0)
     except MhpoError as error:

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 from app.text import human_duration
 from collectors import Recorder
 from collectors.layout import is_run
@@ -43,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         return 0
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+        _silence_transformers()
     folder = _run_folder(options, config)
     stop = _stop_requested(os.getppid() if options.with_parent else None)
     task = open_task(config)
@@ -66,6 +64,13 @@ def run(options: argparse.Namespace) -> int:
     progress.end()
     print(f"{folder}: {summary.steps} steps in {human_duration(summary.seconds)}, reward {summary.final_reward:.3f}")
     return 0
+
+
+def _silence_transformers() -> None:
+    # half a second to import, which the other commands need not wait for
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _run_folder(options: argparse.Namespace, config: Config) -> Path:
