@@ -33,18 +33,21 @@ def run(options: argparse.Namespace) -> int:
     require_free_port(LOOPBACK[0], options.port)
     name = f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     trainer = _start_trainer(options, name)
-    threading.Thread(target=_leave_if_never_begun, args=(trainer, options.out / name), daemon=True).start()
+    leaving = threading.Event()
+    watch = threading.Thread(target=_leave_if_never_begun, args=(trainer, options.out / name, leaving), daemon=True)
+    watch.start()
     try:
         serve(options.out, port=options.port, run=name, open_browser=not options.headless)
     finally:
+        leaving.set()
         ended_by_itself = trainer.poll()
         _end(trainer)
     return 2 if ended_by_itself and not is_run(options.out / name) else 0
 
 
-def _leave_if_never_begun(trainer: subprocess.Popen[bytes], run: Path) -> None:
+def _leave_if_never_begun(trainer: subprocess.Popen[bytes], run: Path, leaving: threading.Event) -> None:
     """End the demo when the trainer ended without a run; it has said why. A run that broke stays on the page."""
-    if trainer.wait() != 0 and not is_run(run):
+    if trainer.wait() != 0 and not leaving.is_set() and not is_run(run):
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -131,7 +131,8 @@ class Canvas:
         """Crosses where a value was NaN or ±Inf, at the top of what is drawn, so that they are never a mere gap."""
         if not bad.any():
             return
-        known = mean[np.isfinite(mean)]
+        # a logarithmic axis has no place for zero
+        known = mean[np.isfinite(mean) & ((mean > 0) | (self.y_axis.get("type") != "log"))]
         top = float(known.max()) if known.size else 1.0
         self.traces.append(
             {

@@ -121,6 +121,15 @@ def test_nan_is_a_mark_and_never_a_mere_gap(tmp_path: Path) -> None:
     np.testing.assert_array_equal(decoded(named(figure, "gradient norm")["y"]), [1, np.nan, 2, np.nan])
 
 
+def test_marks_have_a_place_on_a_logarithmic_axis() -> None:
+    window = Window(10, LIVE_METRICS)
+    counts = np.zeros((3, N_BINS), np.int64)
+    for step, value in enumerate([0.0, float("nan")]):
+        window.add(StepSummary(step, 0.0, {"grad_norm": value}, {}, counts))
+    marks = named(board(window, {}, "ppo_clip"), "gradient norm: NaN or ±Inf")
+    assert (decoded(marks["y"]) > 0).all()
+
+
 def test_the_image_holds_every_token_in_its_row() -> None:
     counts = np.zeros((2, N_BINS), np.int64)
     positive = np.searchsorted(EDGES, 0.5, side="right") - 1

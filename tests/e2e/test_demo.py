@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from collectors import open_run
-from tests.e2e.conftest import Watched, free_port, interrupt, running, wait_until
+from tests.e2e.conftest import Watched, free_port, interrupt, mhpo, running, wait_until
 
 PANELS = 8
 
@@ -85,3 +85,16 @@ def test_a_folder_that_cannot_be_written_ends_the_demo(tmp_path: Path) -> None:
     told = [line for line in done.stderr.splitlines() if not line.startswith(("make", "Dashboard"))]
     assert done.returncode != 0
     assert len(told) == 1 and "cannot be written" in told[0], done.stderr
+
+
+def test_an_early_ctrl_c_ends_the_demo_cleanly(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    log = tmp_path / "demo.log"
+    with running(mhpo("demo", "--headless", "--port", str(free_port()), "--out", runs), log) as demo:
+        # the trainer still imports torch then and has no run yet
+        wait_until(lambda: len(processes_about(str(runs))) >= 2, 30, "the trainer is started")
+        wait_until(lambda: b"Dashboard:" in log.read_bytes(), 60, "the dashboard answers")
+        interrupt(demo)
+        assert demo.returncode == 0, log.read_text()
+    wait_until(lambda: not processes_about(str(runs)), 15, "no process is left")
+    assert "Traceback" not in log.read_text()
