@@ -85,6 +85,7 @@ def test_zoom_hover_and_node_survive_refreshes(
         hover = page.page.locator(".mhpo-plot .hoverlayer .hovertext")
         for share in range(5, 95):  # a label appears near a point, wherever the points are now
             page.page.mouse.move(box["x"] + box["width"] * share / 100, middle)
+            time.sleep(0.2)  # Plotly answers a move after up to 50 ms; until then it shows the label of the last place
             if hover.count():
                 break
         assert hover.count(), "a label appeared"
