@@ -28,7 +28,10 @@ _TYPES = {
 }  # fmt: skip
 
 # ψ as SQL, for the objectives that have one; every {name} is a hyperparameter.
-MODULATED_LOG_RATIO = {"mhpo": "{c} * tanh(log_ratio::DOUBLE / {c})"}
+_LFM = "{c} * tanh(log_ratio::DOUBLE / {c})"
+MODULATED_LOG_RATIO = {
+    "mhpo": _LFM, "mhpo_lfm_only": _LFM, "mhpo_no_stopgrad": _LFM, "mhpo_sa": _LFM, "mhpo_dhp_only": "log_ratio",
+}  # fmt: skip
 
 
 def read_parquet(paths: list[str]) -> str:
@@ -78,8 +81,10 @@ def _tokens_view(manifest: dict[str, Any], latest: str) -> str:
 
 
 def _modulated_log_ratio(objective: dict[str, Any]) -> str:
-    template = MODULATED_LOG_RATIO.get(str(objective.get("name")), "NULL")
     given = objective.get("hyperparameters") or {}
+    if isinstance(given.get("base"), dict):  # an objective around another one
+        return _modulated_log_ratio({"name": given["base"].get("name"), "hyperparameters": given["base"]})
+    template = MODULATED_LOG_RATIO.get(str(objective.get("name")), "NULL")
     try:
         return template.format(**{k: f"{float(v)!r}::DOUBLE" for k, v in given.items() if _is_number(v)})
     except KeyError:  # an imported run may not say with which hyperparameters it was made

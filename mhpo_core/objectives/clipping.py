@@ -1,4 +1,4 @@
-"""Objectives with a hard bound on the ratio, and importance sampling without one.
+"""Objectives that stop the gradient at a bound of the token's ratio, and importance sampling without one.
 
 Bounds are compared in log space, so a ratio that overflows is on the right side of them. A ratio exactly on a bound
 counts as inside.
@@ -13,8 +13,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mhpo_core.errors import ObjectiveError
-from mhpo_core.objectives.base import Objective, is_number
+from mhpo_core.objectives.base import Objective
+from mhpo_core.objectives.checks import require_number
+from mhpo_core.objectives.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class ImportanceSampling(Objective):
+    """J = r·A, the policy gradient with an importance ratio and no bound; the baseline that collapses."""
+
+    name: ClassVar[str] = "is_pg"
+    canonical_aggregation: ClassVar[str] = "token-mean"
+
+    def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
+        ratio = tokens.exponent.exp()
+        return {"surrogate": tokens.times_advantage(ratio), "gradient_multiplier": ratio}
 
 
 @dataclass(frozen=True)
@@ -38,26 +51,10 @@ class PpoClip(Objective):
     eps_high: float = 0.2
 
     def __post_init__(self) -> None:
-        numbers = is_number(self.eps_low) and is_number(self.eps_high)
-        if not numbers or not 0 <= self.eps_low < 1 or not 0 <= self.eps_high < math.inf:
-            raise ObjectiveError(
-                f"{self.name}: eps_low = {self.eps_low!r}, eps_high = {self.eps_high!r}, allowed are 0 ≤ eps_low < 1 "
-                "and finite eps_high ≥ 0. Change them in [objective]."
-            )
+        require_band(self)
 
-    def evaluate(self, log_ratio: Tensor, exponent: Tensor, advantage: Tensor) -> dict[str, Tensor]:
-        above = log_ratio > math.log1p(self.eps_high)
-        below = log_ratio < math.log1p(-self.eps_low)
-        clipped_high, clipped_low = above & (advantage > 0), below & (advantage < 0)
-        ratio = exponent.exp()
-        bounded = torch.where(clipped_high, 1 + self.eps_high, torch.where(clipped_low, 1 - self.eps_low, ratio))
-        return {
-            "surrogate": torch.where(advantage == 0, torch.zeros_like(ratio), bounded * advantage),
-            "gradient_multiplier": torch.where(clipped_high | clipped_low, torch.zeros_like(ratio), ratio),
-            "clipped_low": clipped_low,
-            "clipped_high": clipped_high,
-            "out_of_range": above | below,
-        }
+    def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
+        return clipped_surrogate(tokens, tokens.log_ratio, self.eps_low, self.eps_high)
 
 
 @dataclass(frozen=True)
@@ -75,15 +72,80 @@ class DapoClip(PpoClip):
 
 
 @dataclass(frozen=True)
-class ImportanceSampling(Objective):
-    """J = r·A, the policy gradient with an importance ratio and no bound; the baseline that collapses."""
+class DualClip(PpoClip):
+    """PPO's bound, and for A < 0 also r ≤ dual_c: J = max(PPO, dual_c·A).
 
-    name: ClassVar[str] = "is_pg"
+    Args:
+        eps_low, eps_high: see PpoClip.
+        dual_c: > 1. 3 in verl 0.9.1, whose `vanilla` loss always applies it.
+
+    Source: Ye et al. 2020, arXiv 1912.09729.
+    """
+
+    name: ClassVar[str] = "dual_clip"
     canonical_aggregation: ClassVar[str] = "token-mean"
 
-    def evaluate(self, log_ratio: Tensor, exponent: Tensor, advantage: Tensor) -> dict[str, Tensor]:
-        ratio = exponent.exp()
-        return {
-            "surrogate": torch.where(advantage == 0, torch.zeros_like(ratio), ratio * advantage),
-            "gradient_multiplier": ratio,
-        }
+    dual_c: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self, "dual_c", above=1)
+
+    def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
+        return clipped_surrogate(tokens, tokens.log_ratio, self.eps_low, self.eps_high, self.dual_c)
+
+
+@dataclass(frozen=True)
+class TwoSidedClip(PpoClip):
+    """J = min(min(r, delta)·A, clip(r)·A): PPO's bound, and r ≤ delta for A < 0.
+
+    Args:
+        eps_low, eps_high: see PpoClip.
+        delta: > 1 + eps_high. 4 in TRL's paper index; off in TRL by default.
+
+    Source: INTELLECT-2, arXiv 2505.07291.
+    """
+
+    name: ClassVar[str] = "two_sided_clip"
+    canonical_aggregation: ClassVar[str] = "token-mean"
+
+    delta: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self, "delta", above=1 + self.eps_high)
+
+    def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
+        return clipped_surrogate(tokens, tokens.log_ratio, self.eps_low, self.eps_high, self.delta)
+
+
+def clipped_surrogate(
+    tokens: Tokens, log_ratio: Tensor, eps_low: float, eps_high: float, cap: float = math.inf
+) -> dict[str, Tensor]:
+    """Terms of min(r·A, clip(r, 1−eps_low, 1+eps_high)·A), with r ≤ cap where A < 0.
+
+    Args:
+        log_ratio: (B, T), of the token or of its sequence.
+    """
+    above, below = log_ratio > math.log1p(eps_high), log_ratio < math.log1p(-eps_low)
+    clipped_low = below & (tokens.advantage < 0)
+    clipped_high = above & (tokens.advantage > 0)
+    ratio = tokens.bounded_exp(log_ratio)
+    bounded = torch.where(clipped_low, 1 - eps_low, torch.where(clipped_high, 1 + eps_high, ratio))
+    if cap < math.inf:
+        capped = (log_ratio > math.log(cap)) & (tokens.advantage < 0)
+        bounded, clipped_high = torch.where(capped, cap, bounded), clipped_high | capped
+    return {
+        "surrogate": tokens.times_advantage(bounded),
+        "gradient_multiplier": torch.where(clipped_low | clipped_high, 0.0, ratio),
+        "clamped": tokens.overflows(log_ratio),
+        "clipped_low": clipped_low,
+        "clipped_high": clipped_high,
+        "out_of_range": above | below,
+    }
+
+
+def require_band(objective: Objective) -> None:
+    """Raise ObjectiveError unless 0 ≤ eps_low < 1 and eps_high is finite and ≥ 0."""
+    require_number(objective, "eps_low", low=0, below=1)
+    require_number(objective, "eps_high", low=0)

@@ -200,5 +200,12 @@ def _parse_value(text: str) -> Any:
 
 
 def _toml_lines(table: Mapping[str, Any]) -> str:
-    # every value is a bool, int, finite float or string; JSON writes all four the way TOML reads them
-    return "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())
+    # TOML has no null: a key that is None is left out
+    return "\n".join(f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items() if v is not None) + "}"
+    # JSON writes bools, numbers, strings and lists of them the way TOML reads them
+    return json.dumps(value, ensure_ascii=False)

@@ -76,13 +76,14 @@ def collect(policy: Policy, task: Task, config: Config, iteration: int) -> Exper
     )
     completions = _unpadded(rollout)
     reward = torch.tensor([task.reward(p, c) for p, c in zip(prompts, completions, strict=True)], device=policy.device)
+    normalize_std = settings.normalize_std and config.objective.normalizes_std
     logp_rollout = config.fault.report(rollout.logp, iteration, seeded("cpu", config.seed, "fault", iteration))
     return Experience(
         rollout=rollout,
         logp_rollout=logp_rollout,
         logp_old=_OLD_POLICIES[settings.old_policy](policy, rollout, logp_rollout, config),
         reward=reward,
-        advantage=group_advantages(reward, settings.group_size, normalize_std=settings.normalize_std),
+        advantage=group_advantages(reward, settings.group_size, normalize_std=normalize_std),
         prompts=prompts,
         completions=[task.decode(c) for c in completions],
         iteration=iteration,

@@ -65,7 +65,8 @@ class RolloutConfig(Section):
         group_size: completions per prompt.
         temperature: of the sampler, and of the log-probabilities that are trained.
         max_new_tokens: completion limit in tokens, the end token included.
-        normalize_std: divide advantages by the group's standard deviation.
+        normalize_std: divide advantages by the group's standard deviation, unless the objective is a recipe that does
+            not (dr_grpo).
         old_policy: what logp_old is: "rollout" = the sampler's own log-probabilities, "recomputed" = one extra
             forward pass of the trainer.
     """
@@ -89,9 +90,10 @@ class ObjectiveConfig(Section):
     """[objective]: its name, its hyperparameters as further keys, and the aggregation.
 
     Args:
-        name: a key or alias of `mhpo_core.objectives`.
-        aggregation: one of its aggregations; empty = the objective's canonical one.
-        hyperparameters: fields of the objective's class.
+        name: an objective of `mhpo_core.objectives` (a key, an alias, or package.module:Class), or one of its recipes,
+            which also brings its aggregation and how its advantages are normalized.
+        aggregation: one of its aggregations; empty = the recipe's, or the objective's canonical one.
+        hyperparameters: fields of the objective's class; of an objective around another one, also `base` by name.
 
     Raises:
         ConfigError: unknown aggregation.
@@ -109,7 +111,26 @@ class ObjectiveConfig(Section):
 
     def create(self) -> objectives.Objective:
         """The objective."""
-        return objectives.create(self.name, **self.hyperparameters)
+        recipe = self._recipe()
+        return recipe.objective if recipe else objectives.create(self.name, **self.hyperparameters)
+
+    @property
+    def resolved_aggregation(self) -> str:
+        """The aggregation that trains."""
+        recipe = self._recipe()
+        return self.aggregation or (recipe.aggregation if recipe else self.create().canonical_aggregation)
+
+    @property
+    def normalizes_std(self) -> bool:
+        """False for a recipe whose advantages are not divided by the standard deviation."""
+        recipe = self._recipe()
+        return recipe is None or recipe.normalize_std
+
+    def _recipe(self) -> objectives.Recipe | None:
+        # where a recipe and an objective share a name, the objective's canonical aggregation holds
+        if self.name in objectives.OBJECTIVES or self.name not in objectives.RECIPES:
+            return None
+        return objectives.recipe(self.name, **self.hyperparameters)
 
     def to_dict(self) -> dict[str, Any]:
         """Keys and values as they would stand in TOML."""

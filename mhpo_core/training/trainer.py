@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhpo_core.gradients import GradientNorms, gradient_norms
+from mhpo_core.gradients import GradientNorms, clip_gradients
 from mhpo_core.sink import Sink
 from mhpo_core.training import checkpoint as checkpoints
 from mhpo_core.training.checkpoint import Position
@@ -120,9 +120,11 @@ class _Trainer:
             self.policy = build_policy(config.model, self.task, device)
         self.objective = config.objective.create()
         settings = config.optimizer
-        self.parameters = list(self.policy.model.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, settings.lr, (settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+            self.policy.model.parameters(),
+            settings.lr,
+            (settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
         )
         self.position = Position()
 
@@ -181,12 +183,12 @@ class _Trainer:
             self.objective,
             experience,
             rows,
-            aggregation=config.objective.aggregation or self.objective.canonical_aggregation,
+            aggregation=config.objective.resolved_aggregation,
             loss_scale=float(config.rollout.max_new_tokens),
             temperature=config.rollout.temperature,
             micro_batch_size=config.optimizer.micro_batch_size,
         )
-        norms = gradient_norms(self.policy.model.named_parameters())
+        norms = clip_gradients(self.policy.model.named_parameters(), config.optimizer.max_grad_norm)
         lr = self.step_optimizer(loss, norms, experience.iteration)
         lag = epoch * config.optimizer.minibatches + minibatch
         metrics = {
@@ -211,11 +213,9 @@ class _Trainer:
         self.report(loss, norms, lr)
 
     def step_optimizer(self, loss: float, norms: GradientNorms, iteration: int) -> float:
-        """Clip, step and return the learning rate; a NaN or ±Inf would destroy the weights for good, so it skips."""
+        """Step and return the learning rate; a NaN or ±Inf would destroy the weights for good, so it skips."""
         lr = self.learning_rate(iteration)
         if math.isfinite(loss) and math.isfinite(norms.total):
-            total = torch.tensor(norms.total, device=self.policy.device)
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optimizer.max_grad_norm, total)
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
         else:

@@ -218,3 +218,14 @@ def test_psi_is_null_where_the_objective_has_none_and_uses_the_runs_own_constant
     found = rows(tmp_path / "two", "SELECT log_ratio, modulated_log_ratio FROM tokens")
     assert [psi for _, psi in found] == pytest.approx([2 * math.tanh(x / 2) for x, _ in found], rel=1e-6)
     assert set(column(tmp_path / "ppo", "SELECT modulated_log_ratio FROM tokens")) == {None}
+
+
+@pytest.mark.parametrize("name", ["mhpo_lfm_only", "mhpo_dhp_only", "mhpo_no_stopgrad", "mhpo_sa", "decoupled"])
+def test_psi_is_the_objectives_own(tmp_path, name):
+    objective = objectives.create(name, **({"base": "mhpo", "c": 0.7} if name == "decoupled" else {"c": 0.7}))
+    batch = token_batch(0)
+    with Recorder(tmp_path / "run", objective=objective, fsync=False) as recorder:
+        recorder.record(0, batch)
+    expected = objective.terms(batch).modulated_log_ratio[batch.mask].tolist()
+    found = column(tmp_path / "run", "SELECT modulated_log_ratio FROM tokens ORDER BY sequence_id, position")
+    assert found == pytest.approx(expected, rel=1e-6)

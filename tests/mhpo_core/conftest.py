@@ -40,7 +40,7 @@ def random_batch() -> Callable[..., TokenBatch]:
             mask[n_sequences - 1] = False
         probability = rng.uniform(0.02, 0.98, shape)
         logp_new = np.log(probability)
-        logp_old = logp_new - spread * rng.standard_normal(shape)
+        logp_old = np.minimum(logp_new - spread * rng.standard_normal(shape), -1e-3)
         fields = {
             "logp_new": logp_new,
             "logp_old": logp_old,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhpo_core import group_advantages
+from mhpo_core.advantages import leave_one_out_advantages
 from mhpo_core.errors import BatchError
 
 
@@ -67,3 +68,29 @@ def test_a_nan_reward_poisons_its_own_group_only():
 def test_bad_input(reward, size, message):
     with pytest.raises(BatchError, match=message):
         group_advantages(reward, size)
+
+
+def test_the_batchs_spread_by_hand():
+    # groups (0, 2) and (4, 4): centred −1, 1, 0, 0; all four have variance (6.25 + 0.25 + 2·2.25) / 3 = 11/3
+    found = group_advantages(torch.tensor([0.0, 2.0, 4.0, 4.0], dtype=torch.float64), 2, std_over="batch")
+    size = 1 / (math.sqrt(11 / 3) + 1e-4)
+    assert found.tolist() == pytest.approx([-size, size, 0, 0], rel=1e-14)
+
+
+def test_leave_one_out_by_hand():
+    # the others of 3 are 0 and 1.5, mean 0.75
+    found = leave_one_out_advantages(torch.tensor([3.0, 0.0, 1.5], dtype=torch.float64), 3)
+    assert found.tolist() == pytest.approx([2.25, -2.25, 0.0], rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: group_advantages(r, 2, std_over="all"), r"std_over = 'all', allowed are group, batch"),
+        (lambda r: leave_one_out_advantages(r, 1), r"group_size = 1, at least 2 are needed"),
+        (lambda r: leave_one_out_advantages(r, 3), r"shape \(4,\) for groups of 3"),
+    ],
+)
+def test_what_they_cannot_do(call, message):
+    with pytest.raises(BatchError, match=message):
+        call(torch.zeros(4))

@@ -19,6 +19,8 @@ BY_HAND = {
     "seq-mean-token-mean": (1.5 + 10) / 2,
     "seq-mean-token-sum": 13 / 2,
     "seq-mean-token-sum-norm": 13 / 2 / 4,
+    "trl-grpo": (1.5 + 10) / 3,
+    "trl-dr_grpo": 13 / 3 / 4,
 }
 
 
@@ -44,7 +46,8 @@ def test_an_unknown_mode_lists_the_known_ones():
     assert all(mode in str(error.value) for mode in AGGREGATIONS)
 
 
+@pytest.mark.parametrize("mode", ["seq-mean-token-sum-norm", "trl-dr_grpo"])
 @pytest.mark.parametrize("scale", [None, 0.0, -8.0, math.nan, math.inf])
-def test_loss_scale_must_be_a_length(scale):
-    with pytest.raises(ObjectiveError, match=rf"loss_scale = {scale}, .* length > 0"):
-        aggregate(VALUES, MASK, "seq-mean-token-sum-norm", scale)
+def test_loss_scale_must_be_a_length(scale, mode):
+    with pytest.raises(ObjectiveError, match=rf"loss_scale = {scale}, {mode} needs .* length > 0"):
+        aggregate(VALUES, MASK, mode, scale)

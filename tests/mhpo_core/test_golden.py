@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ import pytest
 import torch
 
 from mhpo_core import TokenBatch, group_advantages, objectives
+from mhpo_core.advantages import leave_one_out_advantages
 from mhpo_core.objectives import AGGREGATIONS, OBJECTIVES, aggregate
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "objectives.json").read_text())
 
-# TRL divides by all B sequences, this code by the n that train: the same mode up to n / B
-TRL_MODES = {"trl-grpo": "seq-mean-token-mean", "trl-dr_grpo": "seq-mean-token-sum-norm"}
-RECIPES = [r for r in GOLDEN["recipes"] if r["objective"] in OBJECTIVES]
+TOKEN_LEVEL = list(GOLDEN["objectives"])
+# the same objective under another aggregation or other bounds
+SEQUENCE_NAMES = {"gspo_token_mean": "gspo", "gspo_wide": "gspo"}
+SEQUENCE = [(SEQUENCE_NAMES.get(r["objective"], r["objective"]), r) for r in GOLDEN["sequence"]]
+EXTREME = sorted({r["objective"] for r in GOLDEN["extreme_token"]})
 SINGLE_PASS = [r for r in GOLDEN["aggregation"] if r["case"] != "accumulate_2x"]
 
 
@@ -40,96 +44,162 @@ def assert_golden(actual, expected, dtype=torch.float64):
     assert (error <= tolerance).all(), f"worst error {np.nanmax(error)}, NaN: {np.isnan(actual).sum()}"
 
 
+def parsed(value):
+    """A golden hyperparameter: decimal strings are numbers, lists tuples, flags and None stay."""
+    if isinstance(value, list):
+        return tuple(float(v) for v in value)
+    return float(value) if isinstance(value, str) else value
+
+
+def parameters(row) -> dict[str, object]:
+    return {k: parsed(v) for k, v in row["params"].items() if k != "agg"}
+
+
 def batch_of(rows, dtype) -> TokenBatch:
+    """Every row a sequence of one token."""
+
     def line(name):
-        return torch.tensor(column(rows, name)[None], dtype=dtype)
+        return torch.tensor(column(rows, name)[:, None], dtype=dtype)
 
     logp_new = line("logp_new").requires_grad_()
-    return TokenBatch(logp_new, line("logp_old"), line("advantage"), torch.ones(1, len(rows), dtype=torch.bool))
+    return TokenBatch(logp_new, line("logp_old"), line("advantage"), torch.ones(len(rows), 1, dtype=torch.bool))
+
+
+def golden_batch(name, garbage=None, dtype=torch.float64) -> TokenBatch:
+    """A batch of several sequences, its masked positions overwritten with garbage."""
+    golden = GOLDEN["batches"][name]
+    mask = torch.tensor(golden["mask"], dtype=torch.bool)
+    logp = {name: torch.tensor(numbers(golden[name]), dtype=dtype) for name in ("logp_new", "logp_old")}
+    if garbage is not None:
+        logp = {name: values.masked_fill(~mask, garbage) for name, values in logp.items()}
+    logp["logp_new"].requires_grad_()
+    return TokenBatch(**logp, advantage=torch.tensor(numbers(golden["advantages"]), dtype=dtype), mask=mask)
 
 
 def gradient(objective, batch) -> np.ndarray:
     objective.loss(batch, aggregation="token-sum").backward()
-    return -batch.logp_new.grad[0].double().numpy()
+    return -batch.logp_new.grad[:, 0].double().numpy()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_golden_objective_is_there():
+    assert set(TOKEN_LEVEL) | {name for name, _ in SEQUENCE} | {"mhpo_sa", "decoupled"} == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", TOKEN_LEVEL)
 def test_defaults_are_the_golden_ones(name):
     golden = GOLDEN["objectives"][name]
-    assert objectives.create(name).hyperparameters() == {k: float(v) for k, v in golden["params"].items()}
+    assert objectives.create(name).hyperparameters() == parameters(golden)
     assert OBJECTIVES[name].canonical_aggregation == golden["canonical_aggregation"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TOKEN_LEVEL)
 def test_tokens(name, dtype):
     rows = [r for r in GOLDEN["token"] if r["objective"] == name]
-    assert len(rows) == 85
+    assert len(rows) >= 85
     objective, batch = objectives.create(name), batch_of(rows, dtype)
     terms = objective.terms(batch)
-    assert_golden(terms.surrogate[0], column(rows, "surrogate"), dtype)
+    assert_golden(terms.surrogate[:, 0], column(rows, "surrogate"), dtype)
     assert_golden(gradient(objective, batch), column(rows, "grad_logp"), dtype)
     defined = column(rows, "advantage") != 0
-    multiplier, expected = terms.gradient_multiplier[0].double().numpy()[defined], column(rows, "multiplier")[defined]
+    multiplier, expected = (
+        terms.gradient_multiplier[:, 0].double().numpy()[defined],
+        column(rows, "multiplier")[defined],
+    )
     if dtype == torch.float64:
         # relative, far into the tails: the multiplier is computed in the log domain
         np.testing.assert_allclose(multiplier, expected, rtol=1e-12, atol=0)
     assert_golden(multiplier, expected, dtype)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EXTREME)
 def test_extreme_ratios_in_float64(name):
     rows = [r for r in GOLDEN["extreme_token"] if r["objective"] == name]
     assert len(rows) == 33
     objective, batch = objectives.create(name), batch_of(rows, torch.float64)
     terms = objective.terms(batch)
-    assert_golden(terms.surrogate[0], column(rows, "surrogate"))
+    assert_golden(terms.surrogate[:, 0], column(rows, "surrogate"))
     assert_golden(gradient(objective, batch), column(rows, "grad_logp"))
     assert not terms.clamped.any()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EXTREME)
 def test_extreme_ratios_in_float32_are_right_where_they_fit_and_finite_where_they_do_not(name):
     rows = [r for r in GOLDEN["extreme_token"] if r["objective"] == name]
     objective, batch = objectives.create(name), batch_of(rows, torch.float32)
     terms, slope = objective.terms(batch), gradient(objective, batch)
     fits = np.array([r["fp32_finite"] for r in rows])
-    surrogate = terms.surrogate[0].double().numpy()
+    surrogate = terms.surrogate[:, 0].double().numpy()
     assert_golden(surrogate[fits], column(rows, "surrogate")[fits], torch.float32)
     assert_golden(slope[fits], column(rows, "grad_logp")[fits], torch.float32)
     assert np.isfinite(surrogate).all() and np.isfinite(slope).all()
     overflows = column(rows, "log_ratio") > math.log(np.finfo(np.float32).max)
-    assert terms.clamped[0].tolist() == overflows.tolist()
+    assert terms.clamped[:, 0].tolist() == overflows.tolist()
 
 
-@pytest.mark.parametrize("garbage", [None, math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("row", RECIPES, ids=lambda r: f"{r['batch']}-{r['recipe']}")
+GARBAGE = pytest.mark.parametrize("garbage", [None, math.nan, math.inf, -math.inf], ids=str)
+
+
+@GARBAGE
+@pytest.mark.parametrize("row", GOLDEN["recipes"], ids=lambda r: f"{r['batch']}-{r['recipe']}")
 def test_recipes(row, garbage):
-    golden = GOLDEN["batches"][row["batch"]]
-    mask = torch.tensor(golden["mask"], dtype=torch.bool)
-    logp = {name: torch.tensor(numbers(golden[name])) for name in ("logp_new", "logp_old")}
-    if garbage is not None:
-        logp = {name: values.masked_fill(~mask, garbage) for name, values in logp.items()}
-    logp["logp_new"].requires_grad_()
-    batch = TokenBatch(**logp, advantage=torch.tensor(numbers(golden["advantages"])), mask=mask)
-    objective = objectives.create(row["objective"], **{k: float(v) for k, v in row["params"].items()})
-    mode = TRL_MODES.get(row["aggregation"], row["aggregation"])
-    loss = objective.loss(batch, mode, row.get("loss_scale"))
-    if row["aggregation"] in TRL_MODES:
-        loss = loss * mask.any(dim=1).sum() / len(mask)
+    batch = golden_batch(row["batch"], garbage)
+    recipe = objectives.recipe(row["recipe"], **parameters(row))
+    loss = recipe.loss(batch, row.get("loss_scale") and float(row["loss_scale"]))
+    assert (recipe.objective.name, recipe.aggregation) == (row["objective"], row["aggregation"])
     loss.backward()
     assert_golden(loss.item(), float(row["loss"]))
     assert_golden(batch.logp_new.grad, numbers(row["grad_loss_logp"]))
+
+
+@GARBAGE
+@pytest.mark.parametrize(("name", "row"), SEQUENCE, ids=lambda v: v if isinstance(v, str) else v["batch"])
+def test_sequences(name, row, garbage):
+    objective, batch = objectives.create(name, **parameters(row)), golden_batch(row["batch"], garbage)
+    aggregation = row["params"].get("agg")
+    if row["objective"] in OBJECTIVES and aggregation is not None:
+        assert objective.canonical_aggregation == aggregation
+    loss = objective.loss(batch, aggregation)
+    loss.backward()
+    assert_golden(loss.item(), float(row["loss"]))
+    assert_golden(batch.logp_new.grad, numbers(row["grad_loss_logp"]))
+
+
+@pytest.mark.parametrize(("name", "row"), SEQUENCE, ids=lambda v: v if isinstance(v, str) else v["batch"])
+def test_sequences_in_float32(name, row):
+    # the inputs are rounded to float32 first: a log W of 100 then carries an error of 6e-6
+    objective, batch = objectives.create(name, **parameters(row)), golden_batch(row["batch"], dtype=torch.float32)
+    loss = objective.loss(batch, row["params"].get("agg"))
+    loss.backward()
+    expected = numbers(row["grad_loss_logp"])
+    assert_golden(batch.logp_new.grad, expected, torch.float32)
+    assert abs(loss.item() - float(row["loss"])) <= 3e-5 * max(1.0, abs(float(row["loss"])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_decoupled(dtype):
+    for row in GOLDEN["decoupled"]:
+        bounds = {k: float(row[k]) for k in ("clip_max", "clip_min", "eps_low", "eps_high") if row[k] is not None}
+        objective = objectives.create("decoupled", mode=row["mode"], **bounds)
+        log_ratio, log_mismatch = float(row["log_ratio"]), float(row["log_mismatch"])
+        new = torch.tensor([[-40.0 + log_ratio]], dtype=dtype, requires_grad=True)
+        old = torch.tensor([[-40.0]], dtype=dtype)
+        # relative to 0 instead of −40, so that float32 keeps the ratio's digits
+        batch = TokenBatch(new + 40, old + 40, torch.tensor([float(row["advantage"])], dtype=dtype), old < 0)
+        batch = replace(batch, logp_rollout=torch.tensor([[-log_mismatch]], dtype=dtype))
+        leaf = batch.logp_new.detach().requires_grad_()
+        loss = objective.loss(replace(batch, logp_new=leaf))
+        loss.backward()
+        tolerance = torch.float32 if dtype == torch.float32 else torch.float64
+        assert_golden(-loss.item(), float(row["surrogate"]), tolerance)
+        assert_golden(-leaf.grad, [[float(row["grad_logp"])]], tolerance)
 
 
 @pytest.mark.parametrize("row", SINGLE_PASS, ids=lambda r: f"{r['case']}-{r['mode']}")
 def test_aggregation(row):
     mask = torch.tensor(row["mask"], dtype=torch.bool)
     values = torch.tensor(numbers(row["values"])).masked_fill(~mask, math.nan).requires_grad_()
-    mode = TRL_MODES.get(row["mode"], row["mode"])
-    result = aggregate(values, mask, mode, row["loss_scale"])
-    if row["mode"] in TRL_MODES:
-        result = result * mask.any(dim=1).sum() / len(mask)
+    result = aggregate(values, mask, row["mode"], row["loss_scale"])
     result.backward()
     assert_golden(result.item(), float(row["result"]))
     assert_golden(values.grad, numbers(row["weights"]))
@@ -158,54 +228,15 @@ def test_a_token_mean_is_global_only_if_its_denominator_is(row):
         ("grpo_trl(std+1e-4)", {}),
         ("grpo_verl(std+1e-6)", {"epsilon": 1e-6}),
         ("dr_grpo(no std)", {"normalize_std": False}),
+        ("trl_batch(std_all+1e-4)", {"std_over": "batch"}),
+        ("rloo", None),
     ],
 )
 def test_group_advantages(mode, settings):
     row = next(r for r in GOLDEN["advantage"] if r["mode"] == mode)
     reward = torch.tensor(numbers(row["groups"]))
-    found = group_advantages(reward.flatten(), reward.shape[1], ddof=row["std_ddof"], **settings)
+    if settings is None:
+        found = leave_one_out_advantages(reward.flatten(), reward.shape[1])
+    else:
+        found = group_advantages(reward.flatten(), reward.shape[1], ddof=row["std_ddof"], **settings)
     assert_golden(found.view_as(reward), numbers(row["advantages"]))
-
-
-class TestMhpoFacts:
-    facts = {k: float(v) for k, v in GOLDEN["mhpo_facts"].items() if k != "params"}
-
-    @staticmethod
-    def terms(log_ratio, **hyperparameters):
-        new = torch.tensor(np.atleast_2d(log_ratio))
-        one = torch.ones_like(new)
-        return objectives.create("mhpo", **hyperparameters).terms(TokenBatch(new, 0 * new, one, one.bool()))
-
-    def test_ratio_one(self):
-        found = objectives.create("mhpo").on_policy_terms()
-        assert_golden(found["gradient_multiplier"], self.facts["M_at_ratio_1"])
-        assert_golden(found["hazard"], self.facts["zeta_at_ratio_1"])
-        assert_golden(found["survival_weight"], math.exp(-self.facts["zeta_at_ratio_1"]))
-
-    @pytest.mark.parametrize(
-        ("prefix", "settings"),
-        # with λ = 1e18 the hazard is 1e-18: only the modulator is left
-        [("", {}), ("lfm_only_", {"lambda_pos": 1e18, "lambda_neg": 1e18, "k_pos": 1.0, "k_neg": 1.0})],
-    )
-    def test_largest_multiplier(self, prefix, settings):
-        place, largest = self.facts[f"{prefix}argmax_log_ratio"], self.facts[f"{prefix}sup_M"]
-        grid = self.terms(np.append(np.linspace(-50, 50, 100_001), place), **settings).gradient_multiplier[0]
-        assert_golden(grid[-1], largest)
-        assert float(grid.max()) <= largest * (1 + 1e-15)
-        assert largest < self.facts["paper_bound_exp_c"] and math.exp(1.5) == pytest.approx(
-            self.facts["paper_bound_exp_c"], rel=1e-14
-        )
-
-    def test_without_stop_gradient_the_slope_would_change_sign(self):
-        flip = self.facts["no_stopgrad_sign_flip_log_ratio"]
-        step = 1e-4
-        value = self.terms([flip - step, flip, flip + step]).surrogate[0].tolist()
-        assert value[1] > value[0] and value[1] > value[2]
-        # central difference: the error of a true zero slope is of order step²
-        assert abs(value[2] - value[0]) / (2 * step) < 1e-7
-        assert float(self.terms([flip]).gradient_multiplier) > 0.1
-
-    def test_limits_of_the_weight(self):
-        low, high = self.terms([-700.0, 700.0]).surrogate[0].tolist()
-        assert_golden(low, self.facts["weight_limit_ratio_to_0"])
-        assert_golden(high, self.facts["weight_limit_ratio_to_inf"])

@@ -23,9 +23,11 @@ def batch_from(logits, seed, *, with_sum=True) -> TokenBatch:
     logp = log_p.gather(-1, token[..., None])[..., 0]
     mask = rng.random(shape) < 0.8
     mask[0, 0] = True
+    logp_old = logp.detach() + 0.5 * torch.as_tensor(rng.standard_normal(shape))
     return TokenBatch(
         logp_new=logp,
-        logp_old=logp.detach() + 0.5 * torch.as_tensor(rng.standard_normal(shape)),
+        logp_old=logp_old,
+        logp_rollout=logp_old + 0.1 * torch.as_tensor(rng.standard_normal(shape)),
         advantage=torch.as_tensor(rng.choice([-1.5, 0.0, 0.5, 2.0], shape)),
         mask=torch.as_tensor(mask),
         sum_p_squared=log_p.detach().exp().square().sum(-1) if with_sum else None,

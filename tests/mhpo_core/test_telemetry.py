@@ -83,7 +83,7 @@ def expected_scalars(batch, telemetry) -> dict:
         "n_sequences": (lengths > 0).sum(),
         "length_mean": lengths[lengths > 0].mean(),
         "nonfinite_count": (~good).sum(),
-        "clamped_count": (log_ratio > 709.78).sum(),
+        "clamped_count": flat(telemetry.terms.clamped).sum(),
         "entropy_mean": finite_mean(flat(batch.entropy)),
         "kl_rollout_old_k3": k3,
         **{name: None if v is None else finite_mean(flat(v)) for name, v in terms.items()},

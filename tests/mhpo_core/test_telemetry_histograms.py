@@ -49,7 +49,8 @@ def slow_histograms(batch, telemetry) -> dict:
             count, weight = found.setdefault((quantity, side), (np.zeros(N_BINS, int), np.zeros(N_BINS)))
             count[slow_bin(value)] += 1
             added = abs(advantage * telemetry.terms.gradient_multiplier[b, t].item())
-            weight[slow_bin(value)] += added if math.isfinite(added) else 0
+            with np.errstate(over="ignore"):  # two ratios clamped at e^709
+                weight[slow_bin(value)] += added if math.isfinite(added) else 0
     return found
 
 

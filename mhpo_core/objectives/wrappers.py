@@ -1,0 +1,200 @@
+"""Objectives around an objective: whole sequences dropped, or every token weighed by the engine mismatch.
+
+Shape letters: B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mhpo_core.errors import ObjectiveError
+from mhpo_core.objectives.base import Objective
+from mhpo_core.objectives.checks import require_number, require_positive
+from mhpo_core.objectives.clipping import ImportanceSampling, PpoClip
+from mhpo_core.objectives.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Wrapper(Objective):
+    """An objective that changes the terms of the one inside it.
+
+    Args:
+        base: the objective inside. `create` also takes its name, and then its hyperparameters beside the wrapper's.
+    """
+
+    canonical_aggregation: ClassVar[str] = "seq-mean-token-mean"
+
+    base: Objective = field(default_factory=PpoClip)
+
+    @classmethod
+    def default_base(cls) -> str:
+        """Name of the objective inside when none is given."""
+        return next(f.default_factory.name for f in fields(cls) if f.name == "base")  # type: ignore[union-attr]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Objective):
+            raise ObjectiveError(
+                f"{self.name}: base = {self.base!r}, allowed are objectives and, in create and [objective], the names "
+                "of objectives. Change it in [objective]."
+            )
+
+    def hyperparameters(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "base"}
+        return {"base": {"name": self.base.name, **self.base.hyperparameters()}, **own}
+
+
+@dataclass(frozen=True)
+class SequenceMask(Wrapper):
+    """Drops whole sequences: surrogate and multiplier of their tokens are 0, but they still count in the averages."""
+
+    @abstractmethod
+    def keeps(self, tokens: Tokens) -> Tensor:
+        """(B, T) bool: which tokens train; NaN statistics keep the sequence, so that the NaN shows."""
+
+    def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
+        terms = self.base.evaluate(tokens)
+        kept = self.keeps(tokens)
+        return terms | {name: torch.where(kept, terms[name], 0.0) for name in ("surrogate", "gradient_multiplier")}
+
+
+@dataclass(frozen=True)
+class OffPolicyMask(SequenceMask):
+    """OPSM: drops a sequence with A < 0 whose mean(logp_old − logp_new) exceeds kl_threshold.
+
+    Args:
+        base: see Wrapper.
+        kl_threshold: nats, > 0. 0.5 in TRL's documentation; Trinity found 0.05 to 0.2.
+
+    Source: DeepSeek-V3.2; TRL 1.16 `off_policy_mask_threshold`.
+    """
+
+    name: ClassVar[str] = "opsm_ppo"
+
+    kl_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "kl_threshold")
+
+    def keeps(self, tokens: Tokens) -> Tensor:
+        return (tokens.advantage >= 0) | ~(-tokens.sequence_mean(tokens.log_ratio) > self.kl_threshold)
+
+
+@dataclass(frozen=True)
+class TrustRegionMaxK2(SequenceMask):
+    """TRM: drops a sequence whose largest (log r)²/2 exceeds threshold.
+
+    Args:
+        base: see Wrapper; without a bound of its own by default, the mask is the bound.
+        threshold: nats, > 0.
+
+    Source: arXiv 2512.23075, whose own criterion is the true token KL or TV; verl 0.9.1 `seq_max_k2`.
+    """
+
+    name: ClassVar[str] = "trm_max_k2"
+
+    base: Objective = field(default_factory=ImportanceSampling)
+    threshold: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "threshold")
+
+    def keeps(self, tokens: Tokens) -> Tensor:
+        # compared as |log r|, whose square could overflow
+        largest = tokens.log_ratio.abs().amax(dim=1, keepdim=True)
+        return ~(largest > math.sqrt(2 * self.threshold)).expand_as(tokens.log_ratio)
+
+
+@dataclass(frozen=True)
+class TrustRegionMeanK3(SequenceMask):
+    """TRM: drops a sequence whose mean of r − 1 − log r exceeds threshold.
+
+    Args:
+        base: see Wrapper; without a bound of its own by default, the mask is the bound.
+        threshold: nats, > 0.
+
+    Source: arXiv 2512.23075, whose own criterion is the true token KL or TV; verl 0.9.1 `seq_mean_k3`.
+    """
+
+    name: ClassVar[str] = "trm_mean_k3"
+
+    base: Objective = field(default_factory=ImportanceSampling)
+    threshold: float = 0.12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "threshold")
+
+    def keeps(self, tokens: Tokens) -> Tensor:
+        k3 = torch.expm1(tokens.exponent) - tokens.log_ratio
+        return ~(tokens.sequence_mean(k3) > self.threshold)
+
+
+@dataclass(frozen=True)
+class Decoupled(Wrapper):
+    """J = w·J_base with w a function of ρ = π_old/π_rollout, the engine mismatch; w has no gradient.
+
+    Needs logp_rollout in the batch.
+
+    Args:
+        base: see Wrapper.
+        mode: token_truncate w = min(ρ, clip_max) · token_mask w = ρ·1[ρ ≤ clip_max] · token_mask_two_sided
+            w = ρ·1[clip_min ≤ ρ ≤ clip_max].
+        clip_max: > 0. 3 in TRL 1.16.
+        clip_min: ≥ 0 and ≤ clip_max, for token_mask_two_sided; not used by the others.
+
+    Source: TRL 1.16 `vllm_importance_sampling_*`; verl 0.9.1 `rollout_is`.
+    """
+
+    name: ClassVar[str] = "decoupled"
+
+    mode: str = "token_truncate"
+    clip_max: float = 3.0
+    clip_min: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in _MODES:
+            raise ObjectiveError(
+                f"{self.name}: mode = {self.mode!r}, allowed are {', '.join(_MODES)}. Change it in [objective]."
+            )
+        require_positive(self, "clip_max")
+        require_number(self, "clip_min", low=0)
+        if self.mode == "token_mask_two_sided" and self.clip_min > self.clip_max:
+            raise ObjectiveError(
+                f"{self.name}: clip_min = {self.clip_min!r} with clip_max = {self.clip_max!r}, allowed are "
+                "clip_min ≤ clip_max. Change them in [objective]."
+            )
+
+    def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
+        if tokens.log_mismatch is None:
+            raise ObjectiveError(
+                "decoupled: the batch has no logp_rollout, the mismatch weight needs it. Pass it in TokenBatch."
+            )
+        terms, weight = self.base.evaluate(tokens), self.weight(tokens.log_mismatch)
+
+        def weighed(values: Tensor) -> Tensor:
+            return torch.where(weight == 0, 0.0, values * weight)
+
+        return terms | {name: weighed(terms[name]) for name in ("surrogate", "gradient_multiplier")}
+
+    def weight(self, log_mismatch: Tensor) -> Tensor:
+        """w, (B, T), from log ρ in nats; compared in log space, so an infinite ρ is truncated or masked."""
+        above = log_mismatch > math.log(self.clip_max)
+        weight = torch.where(above, self.clip_max, log_mismatch.clamp(max=math.log(self.clip_max)).exp())
+        if self.mode == "token_truncate":
+            return weight
+        outside = above
+        if self.mode == "token_mask_two_sided" and self.clip_min > 0:
+            outside = above | (log_mismatch < math.log(self.clip_min))
+        return torch.where(outside, 0.0, weight)
+
+
+_MODES = ("token_truncate", "token_mask", "token_mask_two_sided")
