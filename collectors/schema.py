@@ -25,7 +25,7 @@ _KEY_TYPES = dict(_KEY)
 HISTOGRAM = pa.struct(
     [
         ("quantity", pa.string()), ("side", pa.string()), ("bin", pa.int32()), ("bin_low", pa.float64()),
-        ("bin_high", pa.float64()), ("count", pa.int64()), ("weight", pa.float64()),
+        ("bin_high", pa.float64()), ("count", pa.int64()), ("weight", pa.float64()), ("advantage_weight", pa.float64()),
     ]
 )  # fmt: skip
 GRADIENT = pa.struct(
@@ -182,9 +182,19 @@ def _histogram_column(histograms: list[Histogram]) -> pa.Array:
         "bin_high": pa.array(EDGES[bins + 1]),
         "count": pa.array(_concatenated([h.count[f] for h, f in zip(histograms, filled, strict=True)], np.int64)),
         "weight": pa.array(_concatenated([h.weight[f] for h, f in zip(histograms, filled, strict=True)], np.float64)),
+        "advantage_weight": _advantage_weight(histograms, filled),
     }
     rows = pa.StructArray.from_arrays([parts[f.name] for f in HISTOGRAM], fields=list(HISTOGRAM))
     return pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)
+
+
+def _advantage_weight(histograms: list[Histogram], filled: list[NDArray[np.intp]]) -> pa.Array:
+    """Σ|A| of each filled bin; NULL for the quantities that do not have it."""
+    parts = [
+        pa.nulls(len(bins), pa.float64()) if h.advantage_weight is None else pa.array(h.advantage_weight[bins])
+        for h, bins in zip(histograms, filled, strict=True)
+    ]
+    return pa.concat_arrays(parts) if parts else pa.array([], pa.float64())
 
 
 def _repeated(labels: list[str], lengths: list[int]) -> pa.Array:

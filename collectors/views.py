@@ -59,7 +59,7 @@ def public_views(manifest: dict[str, Any], rollup: list[StepFile]) -> list[str]:
         "CREATE OR REPLACE TEMP VIEW steps AS "
         "SELECT * EXCLUDE (rank, histograms, gradients, metrics) FROM latest_rollup ORDER BY step",
         "CREATE OR REPLACE TEMP VIEW histograms AS SELECT step, h.quantity, h.side, h.bin_low, h.bin_high, h.count, "
-        "h.weight FROM (SELECT step, unnest(histograms) AS h FROM latest_rollup)",
+        "h.weight, h.advantage_weight FROM (SELECT step, unnest(histograms) AS h FROM latest_rollup)",
         "CREATE OR REPLACE TEMP VIEW gradients AS SELECT step, rank, g.parameter, g.grad_norm, g.weight_norm, "
         "g.nonfinite FROM (SELECT step, rank, unnest(gradients) AS g FROM latest_rollup)",
         "CREATE OR REPLACE TEMP VIEW metrics AS SELECT step, m.name, m.value "

@@ -73,9 +73,10 @@ def gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Grad
 def clip_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float) -> GradientNorms:
     """Measure like `gradient_norms`, then multiply every gradient in place by min(1, max_norm / (‖g‖ + 1e-6)).
 
-    Plain float32 and float64 gradients become what `torch.nn.utils.clip_grad_norm_` makes of them, bit for bit; the norm
-    of half-precision gradients is taken in float32, which is more exact. ‖g‖ = NaN makes every gradient NaN; ‖g‖ = Inf makes the finite
-    ones 0 and the infinite ones NaN, and with max_norm = Inf all of them NaN: look at `total` before stepping.
+    Plain float32 and float64 gradients become, bit for bit, what `torch.nn.utils.clip_grad_norm_` makes of them; the
+    norm of half-precision gradients is taken in float32, which is more exact. ‖g‖ = NaN makes every gradient NaN;
+    ‖g‖ = Inf makes the finite ones 0 and the infinite ones NaN, and with max_norm = Inf all of them NaN: look at
+    `total` before stepping.
 
     Args:
         named_parameters: see `gradient_norms`.

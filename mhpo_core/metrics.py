@@ -93,6 +93,7 @@ def _table() -> list[Metric]:
         Metric("clip_fraction_low", "clipped below", "share of tokens", TOKEN_MEAN, "the lower bound stops the gradient"),
         Metric("clip_fraction_high", "clipped above", "share of tokens", TOKEN_MEAN, "the upper bound stops the gradient"),
         Metric("out_of_range_fraction", "ratio out of range", "share of tokens", TOKEN_MEAN, "ratio outside the bounds, sign of A ignored"),
+        Metric("restoring_lost_fraction", "restoring force lost", "share of tokens", TOKEN_MEAN, "of the tokens with A·log r < 0, which an update pulls back: M below a tenth of M at ratio 1"),
         Metric("entropy_mean", "entropy", "nats", TOKEN_MEAN, "mean of −Σ_v p_v log p_v of the policy being trained"),
         Metric("grad_norm", "gradient norm", "1", LAST, "global L2 norm before clipping"),
         Metric("logit_grad_norm_mean", "token gradient norm", "1", TOKEN_MEAN, "mean of |A·M|·sqrt(1 − 2p + Σp²); |A·M|·(1 − p) where Σp² is not recorded"),
@@ -104,6 +105,7 @@ def _table() -> list[Metric]:
         Metric("truncated_fraction", "truncated", "share of sequences", SEQUENCE_MEAN, "stopped by the length limit"),
         Metric("nonfinite_count", "non-finite tokens", "tokens", SUM, "trained tokens with a NaN or ±Inf log-probability or advantage", integer=True),
         Metric("clamped_count", "clamped tokens", "tokens", SUM, "trained tokens whose ratio does not fit the dtype", integer=True),
+        Metric("impossible_count", "impossible tokens", "tokens", SUM, "trained tokens with a log-probability above 1e-4 or an entropy below −1e-4: a wrong kernel", integer=True),
         Metric("dropped_tokens", "tokens not stored", "tokens", SUM, "tokens whose rows were dropped because the disk could not keep up", integer=True),
         Metric("recorder_ms", "recorder", "ms", SUM, "time the training thread spent in Recorder.record"),
     ]  # fmt: skip

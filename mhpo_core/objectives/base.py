@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -61,10 +62,20 @@ class Objective(ABC):
     A subclass gives the surrogate and the gradient multiplier in closed form. The loss has the value of the one and
     the gradient of the other, so it is exact and meets none of the overflow that autograd meets in exp, tanh and clip.
     Where no closed form is at hand, derive from `AutogradObjective`.
+
+    Attributes:
+        name: how `create` and a recorded run call it.
+        canonical_aggregation: what `loss` uses unless told otherwise.
+        shares_gradient: J at one token depends on the log-probabilities of its whole sequence (GSPO), so a weight on
+            J reaches every token of the sequence.
+        follows_from_ratio: the terms other than J depend on the token's own ratio and the sign of its advantage alone,
+            so they follow from a histogram of log-ratios.
     """
 
     name: ClassVar[str]
     canonical_aggregation: ClassVar[str]
+    shares_gradient: ClassVar[bool] = False
+    follows_from_ratio: ClassVar[bool] = False
 
     @abstractmethod
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
@@ -106,6 +117,11 @@ class Objective(ABC):
         terms = self.terms(TokenBatch(zero, zero, advantage=one, mask=one.bool(), logp_rollout=zero))
         found = {f.name: getattr(terms, f.name) for f in fields(terms)} | {"hazard": terms.hazard}
         return {name: float(v) for name, v in found.items() if v is not None}
+
+    @cached_property
+    def on_policy_multiplier(self) -> float:
+        """M of a token with ratio 1: divide gradient norms by it before comparing them with another objective's."""
+        return self.on_policy_terms()["gradient_multiplier"]
 
     def hyperparameters(self) -> dict[str, Any]:
         """Field names and values; `create(name, **hyperparameters)` gives the same objective."""

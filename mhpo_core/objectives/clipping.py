@@ -24,6 +24,7 @@ class ImportanceSampling(Objective):
 
     name: ClassVar[str] = "is_pg"
     canonical_aggregation: ClassVar[str] = "token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
         ratio = tokens.exponent.exp()
@@ -46,6 +47,7 @@ class PpoClip(Objective):
 
     name: ClassVar[str] = "ppo_clip"
     canonical_aggregation: ClassVar[str] = "seq-mean-token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     eps_low: float = 0.2
     eps_high: float = 0.2

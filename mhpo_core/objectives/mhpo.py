@@ -39,6 +39,7 @@ class Mhpo(Objective):
 
     name: ClassVar[str] = "mhpo"
     canonical_aggregation: ClassVar[str] = "seq-mean-token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     c: float = 1.5
     k_pos: float = 1.5
@@ -137,6 +138,10 @@ class MhpoDhpOnly(Mhpo):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_false(self, "lfm")
+
+    def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
+        terms, shift = super().evaluate(tokens), tokens.log_ratio
+        return terms | _hazard_terms(shift, *self.hazards(shift))
 
     def modulated(self, log_ratio: Tensor) -> Tensor:
         # an infinite shift would be Inf − Inf in the weight

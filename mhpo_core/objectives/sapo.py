@@ -29,6 +29,7 @@ class Sapo(Objective):
 
     name: ClassVar[str] = "sapo"
     canonical_aggregation: ClassVar[str] = "seq-mean-token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05

@@ -29,6 +29,7 @@ class Reinforce(Objective):
 
     name: ClassVar[str] = "reinforce"
     canonical_aggregation: ClassVar[str] = "token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
         return tokens.score_function(torch.ones_like(tokens.log_ratio))
@@ -47,6 +48,7 @@ class Cispo(Objective):
 
     name: ClassVar[str] = "cispo"
     canonical_aggregation: ClassVar[str] = "token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     ratio_min: float = 0.0
     ratio_max: float = 5.0
@@ -79,6 +81,7 @@ class TruncatedSampling(Objective):
 
     name: ClassVar[str] = "tis"
     canonical_aggregation: ClassVar[str] = "token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     ratio_min: float | None = None
     ratio_max: float = 2.0
@@ -127,6 +130,7 @@ class Topr(Objective):
 
     name: ClassVar[str] = "topr"
     canonical_aggregation: ClassVar[str] = "token-mean"
+    follows_from_ratio: ClassVar[bool] = True
 
     pos_clip: tuple[float, float] = (1.0, 1.0)
     neg_clip: tuple[float, float] = (0.0, 1.0)

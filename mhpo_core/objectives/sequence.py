@@ -32,6 +32,7 @@ class Gspo(Objective):
 
     name: ClassVar[str] = "gspo"
     canonical_aggregation: ClassVar[str] = "seq-mean-token-mean"
+    shares_gradient: ClassVar[bool] = True
 
     eps_low: float = 3e-4
     eps_high: float = 4e-4
@@ -71,6 +72,7 @@ class Gmpo(Objective):
 
     name: ClassVar[str] = "gmpo"
     canonical_aggregation: ClassVar[str] = "seq-mean-token-mean"
+    shares_gradient: ClassVar[bool] = True
 
     eps_low: float = 0.4
     eps_high: float = 0.4

@@ -141,14 +141,15 @@ class TrustRegionMeanK3(SequenceMask):
 class Decoupled(Wrapper):
     """J = w·J_base with w a function of ρ = π_old/π_rollout, the engine mismatch; w has no gradient.
 
-    Needs logp_rollout in the batch.
+    Needs logp_rollout in the batch. Aggregates as its base does.
 
     Args:
         base: see Wrapper.
-        mode: token_truncate w = min(ρ, clip_max) · token_mask w = ρ·1[ρ ≤ clip_max] · token_mask_two_sided
+        mode: "token" or "sequence" (ρ of the token, or the product over its sequence), and how ρ becomes w:
+            …_truncate w = min(ρ, clip_max) · …_mask w = ρ·1[ρ ≤ clip_max] · …_mask_two_sided
             w = ρ·1[clip_min ≤ ρ ≤ clip_max].
-        clip_max: > 0. 3 in TRL 1.16.
-        clip_min: ≥ 0 and ≤ clip_max, for token_mask_two_sided; not used by the others.
+        clip_max: > 0. 3 in TRL 1.16, whose default mode is sequence_mask.
+        clip_min: ≥ 0 and ≤ clip_max, for the two-sided modes; not used by the others.
 
     Source: TRL 1.16 `vllm_importance_sampling_*`; verl 0.9.1 `rollout_is`.
     """
@@ -167,34 +168,50 @@ class Decoupled(Wrapper):
             )
         require_positive(self, "clip_max")
         require_number(self, "clip_min", low=0)
-        if self.mode == "token_mask_two_sided" and self.clip_min > self.clip_max:
+        if self.mode.endswith("two_sided") and self.clip_min > self.clip_max:
             raise ObjectiveError(
                 f"{self.name}: clip_min = {self.clip_min!r} with clip_max = {self.clip_max!r}, allowed are "
                 "clip_min ≤ clip_max. Change them in [objective]."
             )
+        # a weight changes nothing about how an objective is averaged
+        object.__setattr__(self, "canonical_aggregation", self.base.canonical_aggregation)
 
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
         if tokens.log_mismatch is None:
             raise ObjectiveError(
                 "decoupled: the batch has no logp_rollout, the mismatch weight needs it. Pass it in TokenBatch."
             )
-        terms, weight = self.base.evaluate(tokens), self.weight(tokens.log_mismatch)
+        terms, weight = self.base.evaluate(tokens), self.weight(tokens)
+        # where J is shared, a token's gradient comes from the J of every token of its sequence
+        reach = tokens.sequence_mean(weight) if shares_gradient(self.base) else weight
+        return terms | {
+            "surrogate": _weighed(terms["surrogate"], weight),
+            "gradient_multiplier": _weighed(terms["gradient_multiplier"], reach),
+        }
 
-        def weighed(values: Tensor) -> Tensor:
-            return torch.where(weight == 0, 0.0, values * weight)
-
-        return terms | {name: weighed(terms[name]) for name in ("surrogate", "gradient_multiplier")}
-
-    def weight(self, log_mismatch: Tensor) -> Tensor:
-        """w, (B, T), from log ρ in nats; compared in log space, so an infinite ρ is truncated or masked."""
-        above = log_mismatch > math.log(self.clip_max)
-        weight = torch.where(above, self.clip_max, log_mismatch.clamp(max=math.log(self.clip_max)).exp())
-        if self.mode == "token_truncate":
-            return weight
-        outside = above
-        if self.mode == "token_mask_two_sided" and self.clip_min > 0:
-            outside = above | (log_mismatch < math.log(self.clip_min))
+    def weight(self, tokens: Tokens) -> Tensor:
+        """w, (B, T), 0 at masked positions; compared in log space, so an infinite ρ is truncated or masked."""
+        log_rho = tokens.log_mismatch
+        assert log_rho is not None
+        if self.mode.startswith("sequence"):
+            log_rho = tokens.sequence_sum(log_rho)
+        above = log_rho > math.log(self.clip_max)
+        weight = torch.where(above, self.clip_max, log_rho.clamp(max=math.log(self.clip_max)).exp())
+        outside = ~tokens.mask
+        if "mask" in self.mode:
+            outside = outside | above
+        if self.mode.endswith("two_sided") and self.clip_min > 0:
+            outside = outside | (log_rho < math.log(self.clip_min))
         return torch.where(outside, 0.0, weight)
 
 
-_MODES = ("token_truncate", "token_mask", "token_mask_two_sided")
+_MODES = tuple(f"{level}_{kind}" for level in ("token", "sequence") for kind in ("truncate", "mask", "mask_two_sided"))
+
+
+def shares_gradient(objective: Objective) -> bool:
+    """Whether J at one token depends on the whole sequence, for an objective or the innermost one it wraps."""
+    return shares_gradient(objective.base) if isinstance(objective, Wrapper) else objective.shares_gradient
+
+
+def _weighed(values: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0.0, values * weight)

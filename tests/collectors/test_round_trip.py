@@ -22,7 +22,7 @@ CONTRACT = {
     "survival_weight_mean ess_fraction kl_old_new_k1 kl_old_new_k3 kl_rollout_old_k3 clip_fraction_low "
     "clip_fraction_high out_of_range_fraction entropy_mean grad_norm logit_grad_norm_top1_share zero_std_groups "
     "truncated_fraction nonfinite_count clamped_count dropped_tokens recorder_ms",
-    "histograms": "step quantity side bin_low bin_high count weight",
+    "histograms": "step quantity side bin_low bin_high count weight advantage_weight",
     "tokens": "step sequence_id position token_id token logp_new logp_old logp_rollout logp_ref advantage entropy "
     "log_ratio hazard hazard_positive hazard_negative modulated_log_ratio survival_weight gradient_multiplier "
     "logit_grad_norm kept_because",

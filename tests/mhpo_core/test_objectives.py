@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mhpo_core import TokenBatch, objectives
 from mhpo_core.objectives import AGGREGATIONS, OBJECTIVES, Terms, aggregate
-from tests.mhpo_core.twins import TWINS, Naive
+from tests.mhpo_core.twins import DECOUPLED_MODES, TWINS, Naive
 
 LOSS_SCALE = 8.0
 
@@ -59,6 +59,24 @@ def test_value_and_gradient_are_those_of_the_twin(name, data, random_batch):
     product = -(batch.advantage * terms.gradient_multiplier)[picked]
     if name not in SEQUENCE_LEVEL:
         torch.testing.assert_close(product, naive.logp.grad[picked], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", DECOUPLED_MODES)
+@pytest.mark.parametrize("base", ["gspo", "luspo", "gmpo", "vespo", "opsm_ppo", "mhpo"])
+def test_a_mismatch_weight_around_any_objective_has_the_slope_of_its_loss(base, mode, random_batch):
+    batch = with_gradient(random_batch(7, spread=0.05))
+    batch = replace(batch, advantage=torch.where(batch.mask, batch.advantage, -1e9).amax(dim=1))
+    objective = objectives.create("decoupled", base=base, mode=mode)
+    assert objective.canonical_aggregation == objective.base.canonical_aggregation
+    naive = Naive.of(batch)
+    value = TWINS["decoupled"][0](naive, **{f.name: getattr(objective, f.name) for f in fields(objective)})
+    (-aggregate(value, batch.mask, objective.canonical_aggregation)).backward()
+    loss = objective.loss(batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(
+        -aggregate(value, batch.mask, objective.canonical_aggregation).item(), rel=1e-12
+    )
+    torch.testing.assert_close(batch.logp_new.grad, naive.logp.grad * batch.mask, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)

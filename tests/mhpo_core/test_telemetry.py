@@ -64,7 +64,12 @@ def gradient_statistics(norm, multiplier, advantage) -> dict:
     }
 
 
-def expected_scalars(batch, telemetry) -> dict:
+def restoring_lost(log_ratio, advantage, multiplier, on_policy):
+    pulled_back = advantage * log_ratio < 0
+    return (multiplier[pulled_back] < 0.1 * on_policy).mean() if pulled_back.any() else None
+
+
+def expected_scalars(batch, telemetry, on_policy) -> dict:
     """What numpy makes of the trained tokens, given the terms (tested elsewhere)."""
     mask = batch.mask.numpy()
 
@@ -84,6 +89,10 @@ def expected_scalars(batch, telemetry) -> dict:
         "length_mean": lengths[lengths > 0].mean(),
         "nonfinite_count": (~good).sum(),
         "clamped_count": flat(telemetry.terms.clamped).sum(),
+        "impossible_count": ((logp_new > 1e-4) | (flat(batch.entropy) < -1e-4)).sum(),
+        "restoring_lost_fraction": restoring_lost(
+            log_ratio, advantage, flat(telemetry.terms.gradient_multiplier), on_policy
+        ),
         "entropy_mean": finite_mean(flat(batch.entropy)),
         "kl_rollout_old_k3": k3,
         **{name: None if v is None else finite_mean(flat(v)) for name, v in terms.items()},
@@ -124,9 +133,10 @@ def spoiled(batch, seed) -> TokenBatch:
 def test_scalars_against_numpy(name, seed, rows, width, spoil, random_batch):
     batch = random_batch(seed, rows, width)
     batch = spoiled(batch, seed) if spoil else batch
-    telemetry = measure(batch, objectives.create(name))
+    objective = objectives.create(name)
+    telemetry = measure(batch, objective)
     with np.errstate(invalid="ignore", over="ignore"):
-        assert_same(telemetry.scalars, expected_scalars(batch, telemetry))
+        assert_same(telemetry.scalars, expected_scalars(batch, telemetry, objective.on_policy_multiplier))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -248,9 +258,14 @@ def test_what_has_no_input_is_none(random_batch):
 def test_a_step_of_only_bad_tokens_has_no_means():
     found = scalars_of(tokens([math.nan, math.nan], [1.0, -1.0]), "mhpo")
     counted = {
-        name: found[name] for name in ("n_tokens", "n_sequences", "length_mean", "nonfinite_count", "clamped_count")
-    }
-    assert counted == {"n_tokens": 2, "n_sequences": 1, "length_mean": 2.0, "nonfinite_count": 2, "clamped_count": 0}
+        name: found[name] for name in (
+            "n_tokens", "n_sequences", "length_mean", "nonfinite_count", "clamped_count", "impossible_count",
+        )
+    }  # fmt: skip
+    assert counted == {
+        "n_tokens": 2, "n_sequences": 1, "length_mean": 2.0, "nonfinite_count": 2, "clamped_count": 0,
+        "impossible_count": 0,
+    }  # fmt: skip
     assert all(value is None for name, value in found.items() if name not in counted)
 
 

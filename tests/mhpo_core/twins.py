@@ -6,7 +6,7 @@ Shape letters: B sequences, T response tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -162,31 +162,34 @@ def geo_mis(t, ratio_min, ratio_max):
 
 def opsm(t, base, kl_threshold):
     kl = t.per_sequence(-t.log_ratio, torch.mean)
-    return twin_of(base)(t, **base.hyperparameters()) * ~((t.advantage < 0) & (kl > kl_threshold))
+    return inner(t, base) * ~((t.advantage < 0) & (kl > kl_threshold))
 
 
 def trm_max_k2(t, base, threshold):
     largest = t.per_sequence(t.log_ratio**2 / 2, torch.max)
-    return twin_of(base)(t, **base.hyperparameters()) * (largest <= threshold)
+    return inner(t, base) * (largest <= threshold)
 
 
 def trm_mean_k3(t, base, threshold):
     mean = t.per_sequence(t.ratio - 1 - t.log_ratio, torch.mean)
-    return twin_of(base)(t, **base.hyperparameters()) * (mean <= threshold)
+    return inner(t, base) * (mean <= threshold)
 
 
 def decoupled(t, base, mode, clip_max, clip_min):
     rho = (t.old - t.rollout).exp()
+    level, _, kind = mode.partition("_")
+    rho = t.per_sequence(rho, torch.prod) if level == "sequence" else rho
     weight = {
-        "token_truncate": rho.clamp(max=clip_max),
-        "token_mask": rho * (rho <= clip_max),
-        "token_mask_two_sided": rho * inside(rho, clip_min, clip_max),
-    }[mode]
-    return twin_of(base)(t, **base.hyperparameters()) * weight
+        "truncate": rho.clamp(max=clip_max),
+        "mask": rho * (rho <= clip_max),
+        "mask_two_sided": rho * inside(rho, clip_min, clip_max),
+    }[kind]
+    return inner(t, base) * weight
 
 
-def twin_of(objective) -> Callable[..., Tensor]:
-    return TWINS[objective.name][0]
+def inner(t, objective) -> Tensor:
+    """The surrogate of an objective inside another one."""
+    return TWINS[objective.name][0](t, **{f.name: getattr(objective, f.name) for f in fields(objective)})
 
 
 BAND = {"eps_low": st.floats(0, 0.95), "eps_high": st.floats(0, 3)}
@@ -198,6 +201,10 @@ DELTAS = {"delta_low": st.floats(0.001, 0.5), "delta_high": st.floats(0.001, 0.5
 TEMPERATURES = {"tau_pos": st.floats(0.1, 3), "tau_neg": st.floats(0.1, 3)}
 SHAPES = {name: st.floats(0.3, 3) for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}
 THRESHOLD = st.floats(0.05, 1)
+
+DECOUPLED_MODES = [
+    f"{level}_{kind}" for level in ("token", "sequence") for kind in ("truncate", "mask", "mask_two_sided")
+]
 
 # name → (surrogate as the paper writes it, legal hyperparameters); wrappers keep their default base
 TWINS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
@@ -237,7 +244,7 @@ TWINS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "decoupled": (
         decoupled,
         {
-            "mode": st.sampled_from(["token_truncate", "token_mask", "token_mask_two_sided"]),
+            "mode": st.sampled_from(DECOUPLED_MODES),
             "clip_max": st.floats(1, 3),
             "clip_min": st.floats(0, 0.99),
         },
