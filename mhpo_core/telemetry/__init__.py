@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mhpo_core.telemetry.accumulate import accumulate
 from mhpo_core.telemetry.accumulators import Accumulators, merge
 from mhpo_core.telemetry.logit_norm import logit_gradient_norm
+from mhpo_core.telemetry.one_pass import accumulate
 from mhpo_core.telemetry.reread import TermDistribution, term_distribution
 from mhpo_core.telemetry.step import StepTelemetry, measure
 from mhpo_core.telemetry.summary import Histogram, Scalar, histograms_of, scalars_of

@@ -14,9 +14,9 @@ from torch import Tensor
 from mhpo_core.batch import TokenBatch
 from mhpo_core.metrics import QUANTILE_LEVELS, SUFFIX_OF_SIDE
 from mhpo_core.objectives import Objective, Terms
-from mhpo_core.telemetry.accumulate import accumulate_terms
 from mhpo_core.telemetry.accumulators import Accumulators
 from mhpo_core.telemetry.logit_norm import logit_gradient_norm
+from mhpo_core.telemetry.one_pass import accumulate_terms
 from mhpo_core.telemetry.summary import Histogram, Scalar, histograms_of, scalars_of
 
 

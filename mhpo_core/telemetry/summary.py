@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mhpo_core.histograms import EDGES, quantiles
 from mhpo_core.metrics import QUANTILE_LEVELS, SUFFIX_OF_SIDE
-from mhpo_core.telemetry.accumulate import SIDES
 from mhpo_core.telemetry.accumulators import ADVANTAGE_UNIT, Accumulators
+from mhpo_core.telemetry.one_pass import SIDES
 
 Scalar = float | int | None
 _LEVELS = np.array(list(QUANTILE_LEVELS.values()))

@@ -203,7 +203,8 @@ def test_a_nan_at_a_trained_token_shows_in_the_loss(name, random_batch):
 
 
 @pytest.mark.parametrize(
-    ("logp_dtype", "computed"), [("bfloat16", "float32"), ("float32", "float32"), ("float64",) * 2]
+    ("logp_dtype", "computed"),
+    [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32"), ("float64", "float64")],
 )
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_half_precision_is_computed_in_float32(name, logp_dtype, computed, random_batch):
@@ -217,6 +218,29 @@ def test_half_precision_is_computed_in_float32(name, logp_dtype, computed, rando
     assert terms.surrogate.dtype == getattr(torch, computed)
     # 3e-5: the golden vectors' float32 tolerance; bfloat16's own rounding (4e-3) is in both
     torch.testing.assert_close(terms.surrogate.double(), objective.terms(exact).surrogate, rtol=3e-5, atol=1e-36)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_zero_advantages_give_a_zero_loss_and_no_gradient(name, random_batch):
+    # as for a group whose rewards are all equal; ratios beyond the range of exp too
+    batch = random_batch(0)
+    old = batch.logp_old.clone()
+    old[0, 0] = -1e4
+    batch = with_gradient(replace(batch, advantage=torch.zeros(batch.n_sequences), logp_old=old))
+    loss = objectives.create(name).loss(batch, loss_scale=LOSS_SCALE)
+    loss.backward()
+    assert loss.item() == 0 and not batch.logp_new.grad.any()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_sequence_without_a_trained_token_changes_no_other(name, random_batch):
+    batch = with_gradient(random_batch(4, 4, 6))
+    masked = replace(batch, mask=torch.cat([batch.mask[:2], torch.zeros_like(batch.mask[2:])]))
+    alone = TokenBatch(**{f.name: getattr(batch, f.name)[:2] for f in fields(batch)})
+    objective = objectives.create(name)
+    found, expected = (objective.loss(b, "token-mean") for b in (masked, alone))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-15)
+    assert not objective.terms(masked).gradient_multiplier[2:].any()
 
 
 def test_clip_flags_tell_binding_from_out_of_range():
