@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    # an objective of one's own may lie in the folder one is in; last, so that no file there hides a package
+    sys.path.append(os.getcwd())
     config = load_config(options.config, preset=options.preset, overrides=options.overrides)
     if options.dry_run:
         print(to_toml(config), end="")

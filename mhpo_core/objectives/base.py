@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mhpo_core.batch import TokenBatch
+from mhpo_core.errors import ObjectiveError
 from mhpo_core.objectives.aggregation import aggregate
 from mhpo_core.objectives.tokens import Tokens
 
@@ -55,6 +56,9 @@ class Terms:
         return self.hazard_positive + self.hazard_negative
 
 
+_TERMS = frozenset(f.name for f in fields(Terms))
+
+
 @dataclass(frozen=True)
 class Objective(ABC):
     """A ratio-control objective; its hyperparameters are its dataclass fields.
@@ -91,8 +95,19 @@ class Objective(ABC):
         """Per-token terms of the batch, without a graph; see `Tokens.of` for the dtype they are computed in."""
         tokens = Tokens.of(batch)
         found = {"clamped": tokens.too_large} | self.evaluate(tokens)
+        self._require_terms(found, tokens.log_ratio.shape)
         masked = {name: torch.where(batch.mask, v, torch.zeros_like(v)) for name, v in found.items()}
         return Terms(log_ratio=tokens.log_ratio, **masked)
+
+    def _require_terms(self, found: dict[str, Tensor], shape: torch.Size) -> None:
+        wrong = [f"{name} {tuple(v.shape)}" for name, v in found.items() if v.shape != shape or name not in _TERMS]
+        missing = {"surrogate", "gradient_multiplier"} - set(found)
+        if wrong or missing:
+            given = ", ".join(wrong) or " and ".join(f"no {name}" for name in sorted(missing))
+            raise ObjectiveError(
+                f"{self.name}: evaluate gave {given}, allowed are "
+                f"surrogate, gradient_multiplier and other fields of Terms, each {tuple(shape)}. Correct its class."
+            )
 
     def loss(self, batch: TokenBatch, aggregation: str | None = None, loss_scale: float | None = None) -> Tensor:
         """loss = −aggregate(J), differentiable in batch.logp_new.
@@ -144,6 +159,7 @@ class AutogradObjective(Objective):
         with torch.enable_grad():
             leaf = tokens.logp_new.clone().requires_grad_()
             value = self.surrogate(tokens.along(leaf, advantage))
+            self._require_terms({"surrogate": value, "gradient_multiplier": leaf}, leaf.shape)
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return {
             "surrogate": torch.where(tokens.advantage == 0, 0.0, value.detach()),

@@ -82,10 +82,10 @@ def _imported(path: str) -> type[Objective]:
     module_name, _, class_name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module may fail in any way
         raise ObjectiveError(
-            f"objectives.create: {path!r} cannot be imported ({error}), allowed is package.module:Class of something "
-            "on Python's path. Check its spelling, or install it."
+            f"objectives.create: {path!r} cannot be imported ({type(error).__name__}: {error}), allowed is "
+            "package.module:Class of something on Python's path. Check its spelling, or install it."
         ) from error
     if not isinstance(found, type) or not issubclass(found, Objective):
         raise ObjectiveError(

@@ -89,6 +89,19 @@ def test_dry_run_prints_a_configuration_that_loads(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out == first and "lr = 1e-05" in first
 
 
+def test_an_objective_of_ones_own_lies_in_the_folder_one_is_in(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from mhpo_core.objectives.clipping import PpoClip\nclass Mine(PpoClip):\n    name = 'mine'\n"
+    )
+    chosen = ["--preset", "healthy", "--set", "objective.name=mine:Mine", "--dry-run"]
+    command = [str(Path(sys.executable).parent / "mhpo"), "train", *chosen]  # unlike -m, it has no folder on its path
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and 'name = "mine:Mine"' in done.stdout, done.stderr
+    command[-2] = "objective.name=mine:Yours"
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be imported" in done.stderr
+
+
 def test_train_then_refuse_then_resume(tmp_path: Path) -> None:
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         command = [

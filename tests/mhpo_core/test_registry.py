@@ -147,8 +147,11 @@ class TestImportPath:
     @pytest.mark.parametrize(
         ("path", "message"),
         [
-            ("no_such_package.objectives:Mine", r"cannot be imported \(No module named 'no_such_package'\)"),
-            ("math:Mine", r"cannot be imported \(module 'math' has no attribute 'Mine'\)"),
+            (
+                "no_such_package.objectives:Mine",
+                r"cannot be imported \(ModuleNotFoundError: No module named 'no_such_package'\)",
+            ),
+            ("math:Mine", r"cannot be imported \(AttributeError: module 'math' has no attribute 'Mine'\)"),
             (":Mine", r"cannot be imported"),
             ("math:pi", r"'math:pi' is not an objective, allowed are subclasses"),
             (f"{__name__}:NOT_AN_OBJECTIVE", r"is not an objective"),
@@ -158,6 +161,43 @@ class TestImportPath:
     def test_what_cannot_be_one_is_refused(self, path, message):
         with pytest.raises(ObjectiveError, match=message):
             objectives.create(path)
+
+    def test_a_module_that_fails_is_one_sentence(self, tmp_path, monkeypatch):
+        (tmp_path / "broken_objective.py").write_text("def :")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ObjectiveError, match=r"'broken_objective:Mine' cannot be imported \(SyntaxError"):
+            objectives.create("broken_objective:Mine")
+
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            ({"surrogate": "x"}, r"odd: evaluate gave no gradient_multiplier, allowed are surrogate"),
+            ({"surrogate": "sum", "gradient_multiplier": "x"}, r"odd: evaluate gave surrogate \(\), allowed are"),
+            ({"surrogate": "x", "gradient_multiplier": "x", "slope": "x"}, r"odd: evaluate gave slope \(5, 7\)"),
+        ],
+    )
+    def test_what_its_class_returns_is_checked(self, returned, message, random_batch):
+        class Odd(Objective):
+            name = "odd"
+            canonical_aggregation = "token-mean"
+
+            def evaluate(self, tokens):
+                made = {"x": tokens.log_ratio, "sum": tokens.log_ratio.sum()}
+                return {name: made[kind] for name, kind in returned.items()}
+
+        with pytest.raises(ObjectiveError, match=message):
+            Odd().terms(random_batch(0))
+
+    def test_a_surrogate_that_is_already_summed(self, random_batch):
+        class Summed(AutogradObjective):
+            name = "summed"
+            canonical_aggregation = "token-mean"
+
+            def surrogate(self, tokens):
+                return tokens.log_ratio.sum()
+
+        with pytest.raises(ObjectiveError, match=r"summed: evaluate gave surrogate \(\)"):
+            Summed().terms(random_batch(0))
 
 
 class TestRecipes:
