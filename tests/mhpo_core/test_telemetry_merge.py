@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import fields, replace
 
 import numpy as np
@@ -166,6 +167,8 @@ def test_restoring_force_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 @pytest.mark.parametrize("name", ["mhpo", "gspo"])
 def test_compiled_is_the_same_pass(name, random_batch):
     objective = objectives.create(name)
