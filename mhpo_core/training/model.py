@@ -5,7 +5,7 @@ Shape letters: B sequences, P prompt tokens (padded on the left), T response tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mhpo_core.errors import ConfigError
 from mhpo_core.logprobs import TokenStats, token_stats
+from mhpo_core.training.chunked_head import ChunkedHead
 from mhpo_core.training.pretrained import load_model
 from mhpo_core.training.sections import ModelConfig
 from mhpo_core.training.tasks import Task
@@ -48,6 +49,10 @@ class Policy:
     model: nn.Module
     device: torch.device
     dtype: torch.dtype
+    _head: ChunkedHead = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_head", ChunkedHead(self.model))
 
     def logits(self, ids: Tensor, attention_mask: Tensor, keep: int, cache: Any = None) -> tuple[Tensor, Any]:
         """(B, keep, V) logits of the last `keep` positions in the compute dtype, and the grown cache.
@@ -58,12 +63,9 @@ class Policy:
             keep: number of positions.
             cache: what the previous call returned; None starts one when no graph is recorded.
         """
-        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with self._arithmetic():
             output = self.model(
-                input_ids=ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+                **_inputs(ids, attention_mask),
                 past_key_values=cache,
                 use_cache=not torch.is_grad_enabled(),
                 logits_to_keep=keep,
@@ -75,6 +77,8 @@ class Policy:
     ) -> TokenStats:
         """log p, entropy and Σp² of every completion token, (B, T); logp carries the graph.
 
+        Logits of more than 64 MiB are not kept: see ChunkedHead, which also says when a model cannot do without.
+
         Args:
             prompt_ids, prompt_mask: (B, P), padded on the left.
             completion_ids: (B, T). What follows the end token cannot change what comes before it, so padding is not
@@ -82,8 +86,23 @@ class Policy:
         """
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         attention_mask = torch.cat([prompt_mask, torch.ones_like(completion_ids)], dim=1)
-        logits, _ = self.logits(ids, attention_mask, keep=completion_ids.shape[1] + 1)
+        keep = completion_ids.shape[1] + 1
+        if self._head.applies(completion_ids.numel(), inputs := _inputs(ids, attention_mask)):
+            with self._arithmetic():
+                hidden = self._head.hidden(inputs)
+            return self._head.token_stats(
+                hidden[:, -keep:-1], completion_ids, temperature=temperature, dtype=self.dtype
+            )
+        logits, _ = self.logits(ids, attention_mask, keep=keep)
         return token_stats(logits[:, :-1], completion_ids, temperature=temperature)
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def _inputs(ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
 
 
 def build_policy(config: ModelConfig, task: Task, device: torch.device) -> Policy:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhpo_core.logprobs import token_stats
+from mhpo_core.logprobs import VIOLATIONS, TokenStats, token_stats
 
 INF = math.inf
 
@@ -76,3 +76,48 @@ def test_half_precision_logits_are_summed_in_float32():
     assert stats.logp.item() == pytest.approx(-math.log(4096), rel=1e-6)
     assert stats.entropy.item() == pytest.approx(math.log(4096), rel=1e-5)
     assert stats.sum_p_squared.item() == pytest.approx(1 / 4096, rel=1e-5)
+
+
+def test_float64_stays():
+    stats = token_stats(torch.tensor([[[0.0, 1e-12]]], dtype=torch.float64), torch.tensor([[1]]))
+    # ln(e^x / (1 + e^x)) = −ln 2 + x/2 + …
+    assert stats.logp.item() == pytest.approx(-math.log(2) + 5e-13, rel=0, abs=1e-15)
+    assert stats.entropy.dtype == stats.sum_p_squared.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [1, 2, 50, 200_000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 40.0])
+def test_a_correct_kernel_violates_nothing(size, spread):
+    logits = spread * torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0))
+    stats = token_stats(logits, torch.zeros(2, 3, dtype=torch.int64))
+    assert stats.violations(torch.ones(2, 3)).tolist() == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "broken,expected",
+    [
+        ({"logp": 2e-4}, [1, 0, 0, 0, 0]),
+        ({"logp": 0.5e-4}, [0, 0, 0, 0, 0]),
+        ({"entropy": -2e-4}, [0, 1, 0, 0, 0]),
+        ({"entropy": math.log(4) + 2e-3}, [0, 0, 1, 0, 0]),
+        ({"sum_p_squared": 0.2497}, [0, 0, 0, 1, 0]),
+        ({"sum_p_squared": 1.002}, [0, 0, 0, 1, 0]),
+        ({"sum_p_squared": 0.2499}, [0, 0, 0, 0, 0]),
+        ({"logp": math.nan}, [0, 0, 0, 0, 1]),
+        ({"logp": -INF}, [0, 0, 0, 0, 1]),
+        ({"entropy": math.nan}, [0, 0, 0, 0, 1]),
+        ({"sum_p_squared": math.nan}, [0, 0, 0, 0, 1]),
+        ({"logp": INF, "entropy": INF, "sum_p_squared": INF}, [1, 0, 1, 1, 1]),
+    ],
+)
+def test_values_that_no_distribution_has_are_counted_where_the_mask_is_set(broken, expected):
+    # uniform over V = 4: log p = −ln 4, H = ln 4, Σp² = 1/4
+    values = {"logp": -math.log(4), "entropy": math.log(4), "sum_p_squared": 0.25}
+    tensors = {name: torch.full((2, 3), value) for name, value in values.items()}
+    for name, value in broken.items():
+        tensors[name][:, 1] = value
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    mask[1, 1] = 0
+    counts = TokenStats(**tensors, vocabulary_size=4).violations(mask)
+    assert counts.dtype == torch.int64 and counts.tolist() == expected and len(VIOLATIONS) == len(counts)
+    assert (TokenStats(**tensors, vocabulary_size=4).violations(torch.ones(2, 3)) == 2 * counts).all()
