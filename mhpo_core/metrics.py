@@ -105,7 +105,7 @@ def _table() -> list[Metric]:
         Metric("truncated_fraction", "truncated", "share of sequences", SEQUENCE_MEAN, "stopped by the length limit"),
         Metric("nonfinite_count", "non-finite tokens", "tokens", SUM, "trained tokens with a NaN or ±Inf log-probability or advantage", integer=True),
         Metric("clamped_count", "clamped tokens", "tokens", SUM, "trained tokens whose ratio does not fit the dtype", integer=True),
-        Metric("impossible_count", "impossible tokens", "tokens", SUM, "trained tokens with a log-probability above 1e-4 or an entropy below −1e-4: a wrong kernel", integer=True),
+        Metric("impossible_count", "impossible tokens", "tokens", SUM, "trained tokens with log p > 1e-4, entropy < −1e-4 or Σp² > 1 + 1e-4: a wrong kernel", integer=True),
         Metric("dropped_tokens", "tokens not stored", "tokens", SUM, "tokens whose rows were dropped because the disk could not keep up", integer=True),
         Metric("recorder_ms", "recorder", "ms", SUM, "time the training thread spent in Recorder.record"),
     ]  # fmt: skip

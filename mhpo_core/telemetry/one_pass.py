@@ -29,7 +29,7 @@ from mhpo_core.telemetry.logit_norm import logit_gradient_norm
 SIDES = ("positive", "negative", "zero")
 # A ratio enters the effective sample size with at most e^300: its square must fit float64.
 LARGEST_SQUARED_EXPONENT = 300.0
-# A log-probability above this, or an entropy below its negative, is impossible beyond rounding.
+# A log-probability or Σp² − 1 above this, or an entropy below its negative, is impossible beyond rounding.
 IMPOSSIBLE = 1e-4
 # A multiplier below this share of the on-policy one no longer pulls a ratio back.
 RESTORING_SHARE = 0.1
@@ -184,6 +184,8 @@ def _reduce_health(reduced: _Reductions, batch: TokenBatch, terms: Terms) -> Non
     if batch.entropy is not None:
         impossible = impossible | (batch.entropy < -IMPOSSIBLE)
         reduced.mean("entropy_mean", batch.entropy)
+    if batch.sum_p_squared is not None:
+        impossible = impossible | (batch.sum_p_squared > 1 + IMPOSSIBLE)
     reduced.count("nonfinite_count", bad)
     reduced.count("clamped_count", terms.clamped)
     reduced.count("impossible_count", impossible)

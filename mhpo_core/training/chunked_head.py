@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mhpo_core.chunked_logprobs import chunked_token_stats
-from mhpo_core.logprobs import TokenStats
+from mhpo_core.logprobs import VIOLATIONS, TokenStats
 from mhpo_core.spot_check import spot_check
 
 # float32 logits of one chunk on the CPU: below, nothing is saved
@@ -82,6 +82,7 @@ class ChunkedHead:
         if self._passes % SPOT_CHECK_EVERY == 0:
             every = torch.ones_like(token_id, dtype=torch.bool)
             _report(spot_check(hidden, weight, token_id, stats.logp, every, **arguments).item())
+            _report_violations(stats.violations(every).tolist())
         self._passes += 1
         return stats
 
@@ -135,4 +136,14 @@ def _report(largest: float) -> None:
             "allowed is %.0e. Do not trust this run's ratios, and report it with the model and the device.",
             largest,
             SPOT_CHECK_TOLERANCE,
+        )
+
+
+def _report_violations(counts: list[int]) -> None:
+    found = [f"{count} × {name}" for name, count in zip(VIOLATIONS, counts, strict=True) if count]
+    if found:
+        _LOG.warning(
+            "spot check: token statistics that no distribution has: %s. Do not trust this run's ratios, and report it "
+            "with the model and the device.",
+            ", ".join(found),
         )

@@ -89,7 +89,9 @@ def expected_scalars(batch, telemetry, on_policy) -> dict:
         "length_mean": lengths[lengths > 0].mean(),
         "nonfinite_count": (~good).sum(),
         "clamped_count": flat(telemetry.terms.clamped).sum(),
-        "impossible_count": ((logp_new > 1e-4) | (flat(batch.entropy) < -1e-4)).sum(),
+        "impossible_count": (
+            (logp_new > 1e-4) | (flat(batch.entropy) < -1e-4) | (flat(batch.sum_p_squared) > 1 + 1e-4)
+        ).sum(),
         "restoring_lost_fraction": restoring_lost(
             log_ratio, advantage, flat(telemetry.terms.gradient_multiplier), on_policy
         ),
