@@ -70,7 +70,7 @@ def aggregate(values: Tensor, mask: Tensor, mode: str, loss_scale: float | None 
 
     Args:
         values: (B, T); masked positions may hold anything, also NaN.
-        mask: (B, T) bool.
+        mask: (B, T), True (or 1) = counts.
         mode: token-mean 1/N · token-sum 1 · seq-mean-token-mean 1/(n·|y_i|) · seq-mean-token-sum 1/n ·
             seq-mean-token-sum-norm 1/(n·loss_scale) · trl-grpo and trl-dr_grpo as seq-mean-token-mean and
             seq-mean-token-sum-norm with all B sequences in place of n.
@@ -84,4 +84,5 @@ def aggregate(values: Tensor, mask: Tensor, mode: str, loss_scale: float | None 
     """
     if mode not in AGGREGATIONS:
         raise ObjectiveError(f"aggregate: unknown mode {mode!r}, valid are {', '.join(AGGREGATIONS)}.")
+    mask = mask.bool()
     return AGGREGATIONS[mode](torch.where(mask, values, torch.zeros_like(values)), mask, loss_scale)

@@ -90,14 +90,24 @@ class Objective(ABC):
             positions does not matter.
         """
 
-    @torch.no_grad()
     def terms(self, batch: TokenBatch) -> Terms:
-        """Per-token terms of the batch, without a graph; see `Tokens.of` for the dtype they are computed in."""
-        tokens = Tokens.of(batch)
+        """Per-token terms of the batch, without a graph, float32, or float64 where a log-probability is float64.
+
+        What does not fit that dtype is its largest finite value, and counted in `clamped` if it is the ratio.
+        """
+        return self.rounded_terms(Tokens.of(batch))
+
+    @torch.no_grad()
+    def rounded_terms(self, tokens: Tokens) -> Terms:
+        """`terms` of tokens in a dtype of one's choice."""
+        found = self._exact_terms(tokens)
+        rounded = {n: _rounded(v, tokens.result_dtype) if v.is_floating_point() else v for n, v in found.items()}
+        return Terms(log_ratio=tokens.log_ratio.to(tokens.result_dtype), **rounded)
+
+    def _exact_terms(self, tokens: Tokens) -> dict[str, Tensor]:
         found = {"clamped": tokens.too_large} | self.evaluate(tokens)
         self._require_terms(found, tokens.log_ratio.shape)
-        masked = {name: torch.where(batch.mask, v, torch.zeros_like(v)) for name, v in found.items()}
-        return Terms(log_ratio=tokens.log_ratio, **masked)
+        return {name: torch.where(tokens.mask, v, torch.zeros_like(v)) for name, v in found.items()}
 
     def _require_terms(self, found: dict[str, Tensor], shape: torch.Size) -> None:
         wrong = [f"{name} {tuple(v.shape)}" for name, v in found.items() if v.shape != shape or name not in _TERMS]
@@ -120,11 +130,14 @@ class Objective(ABC):
         Returns:
             scalar tensor, reward units.
         """
-        terms = self.terms(batch)
-        logp = torch.where(batch.mask, batch.logp_new.to(terms.surrogate.dtype), 0.0)
-        slope = terms.gradient_multiplier * torch.where(batch.mask, batch.advantage, 0).to(logp.dtype)
-        surrogate = _WithSlope.apply(terms.surrogate, slope, logp)  # type: ignore[no-untyped-call]
-        return -aggregate(surrogate, batch.mask, aggregation or self.canonical_aggregation, loss_scale)
+        with torch.no_grad():
+            tokens = Tokens.of(batch)
+            terms = self._exact_terms(tokens)
+            slope = tokens.times_advantage(terms["gradient_multiplier"])
+        logp = torch.where(batch.mask, batch.logp_new.to(tokens.result_dtype), 0.0)
+        surrogate = _WithSlope.apply(terms["surrogate"], slope, logp)  # type: ignore[no-untyped-call]
+        mode = aggregation or self.canonical_aggregation
+        return -aggregate(surrogate, batch.mask, mode, loss_scale).to(tokens.result_dtype)
 
     def on_policy_terms(self) -> dict[str, float]:
         """The terms of a token with ratio 1 and advantage 1: the baseline every plot of them needs."""
@@ -146,7 +159,8 @@ class Objective(ABC):
 class AutogradObjective(Objective):
     """An objective given by its surrogate alone; autograd finds the multiplier, with autograd's accuracy and overflow.
 
-    Meant for trying out an idea. A closed form in `Objective.evaluate` keeps its digits in the tails.
+    Meant for trying out an idea. A closed form in `Objective.evaluate` keeps its digits in the tails. A surrogate that
+    depends on whole sequences needs one advantage per sequence.
     """
 
     @abstractmethod
@@ -155,16 +169,21 @@ class AutogradObjective(Objective):
 
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
         # the multiplier is also defined where the advantage is 0
-        advantage = torch.where(tokens.advantage == 0, 1.0, tokens.advantage)
+        given, flat = tokens.advantage, torch.ones_like(tokens.advantage)
+        value, slope = self._with_slope(tokens, given)
+        at_zero = self._with_slope(tokens, flat)[1]
+        return {
+            "surrogate": torch.where(given == 0, 0.0, value),
+            "gradient_multiplier": torch.where(given == 0, at_zero, slope / torch.where(given == 0, 1.0, given)),
+        }
+
+    def _with_slope(self, tokens: Tokens, advantage: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = tokens.logp_new.clone().requires_grad_()
             value = self.surrogate(tokens.along(leaf, advantage))
             self._require_terms({"surrogate": value, "gradient_multiplier": leaf}, leaf.shape)
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
-        return {
-            "surrogate": torch.where(tokens.advantage == 0, 0.0, value.detach()),
-            "gradient_multiplier": slope / advantage,
-        }
+            (slope,) = torch.autograd.grad(torch.where(tokens.mask, value, 0.0).sum(), leaf)
+        return value.detach(), slope
 
 
 class _WithSlope(torch.autograd.Function):
@@ -173,9 +192,18 @@ class _WithSlope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, slope: Tensor, logp: Tensor) -> Tensor:
         ctx.save_for_backward(slope)
+        ctx.dtype = logp.dtype
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
         (slope,) = ctx.saved_tensors
-        return None, None, gradients[0] * slope
+        return None, None, _rounded(gradients[0] * slope, ctx.dtype)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in this dtype; a finite value beyond its range becomes its largest one, ±Inf and NaN stay."""
+    if values.dtype == dtype:
+        return values
+    largest = torch.finfo(dtype).max
+    return torch.where(values.isfinite(), values.clamp(-largest, largest), values).to(dtype)

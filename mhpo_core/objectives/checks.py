@@ -21,12 +21,12 @@ def require_number(
 ) -> None:
     """Raise ObjectiveError unless the hyperparameter is finite, ≥ low, > above and < below."""
     value = getattr(objective, name)
-    if is_number(value) and low <= value and above < value < below:
+    if is_number(value) and math.isfinite(value) and low <= value and above < value < below:
         return
     bounds = [f"{sign} {limit:g}" for sign, limit in (("≥", low), (">", above), ("<", below)) if math.isfinite(limit)]
     raise ObjectiveError(
-        f"{objective.name}: {name} = {value!r}, allowed are finite numbers {' and '.join(bounds)}. "
-        "Change it in [objective]."
+        f"{objective.name}: {name} = {value!r}, allowed are finite numbers{' ' if bounds else ''}"
+        f"{' and '.join(bounds)}. Change it in [objective]."
     )
 
 
@@ -37,12 +37,13 @@ def require_positive(objective: Objective, *names: str) -> None:
 
 
 def require_ratio_range(objective: Objective, low_name: str, high_name: str) -> None:
-    """Raise ObjectiveError unless 0 ≤ low ≤ high with a finite high > 0; a low of None is no lower bound."""
+    """Raise ObjectiveError unless low ≤ high, both finite and high > 0; None, or a low ≤ 0, is no bound."""
     if getattr(objective, low_name) is not None:
-        require_number(objective, low_name, low=0)
-    require_number(objective, high_name, above=0)
+        require_number(objective, low_name)
+    if getattr(objective, high_name) is not None:
+        require_number(objective, high_name, above=0)
     low, high = getattr(objective, low_name), getattr(objective, high_name)
-    if low is not None and low > high:
+    if low is not None and high is not None and low > high:
         raise ObjectiveError(
             f"{objective.name}: {low_name} = {low!r} with {high_name} = {high!r}, "
             f"allowed are {low_name} ≤ {high_name}. Change them in [objective]."

@@ -39,8 +39,8 @@ class PpoClip(Objective):
     out. For A < 0 and large r it is unbounded.
 
     Args:
-        eps_low: lower half-width, in [0, 1). 0.2 in Schulman et al. 2017, TRL 1.16 and verl 0.9.1.
-        eps_high: upper half-width, ≥ 0.
+        eps_low: lower half-width, ≥ 0; from 1 on there is no lower bound.
+        eps_high: upper half-width, ≥ 0. Both 0.2 in Schulman et al. 2017, TRL 1.16 and verl 0.9.1.
 
     Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; Shao et al. 2024, arXiv 2402.03300, eq. 3.
     """
@@ -103,7 +103,7 @@ class TwoSidedClip(PpoClip):
 
     Args:
         eps_low, eps_high: see PpoClip.
-        delta: > 1 + eps_high. 4 in TRL's paper index; off in TRL by default.
+        delta: > 0. 4 in TRL's paper index; off in TRL by default.
 
     Source: INTELLECT-2, arXiv 2505.07291.
     """
@@ -115,10 +115,12 @@ class TwoSidedClip(PpoClip):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number(self, "delta", above=1 + self.eps_high)
+        require_number(self, "delta", above=0)
 
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
-        return clipped_surrogate(tokens, tokens.log_ratio, self.eps_low, self.eps_high, self.delta)
+        # a delta below 1 + eps_high is the tighter bound for A > 0, and none for A < 0
+        high, cap = min(self.eps_high, self.delta - 1), max(self.delta, 1 + self.eps_high)
+        return clipped_surrogate(tokens, tokens.log_ratio, self.eps_low, high, cap)
 
 
 def clipped_surrogate(
@@ -129,7 +131,8 @@ def clipped_surrogate(
     Args:
         log_ratio: (B, T), of the token or of its sequence.
     """
-    above, below = log_ratio > math.log1p(eps_high), log_ratio < math.log1p(-eps_low)
+    above = log_ratio > math.log1p(eps_high)
+    below = log_ratio < (math.log1p(-eps_low) if eps_low < 1 else -math.inf)
     clipped_low = below & (tokens.advantage < 0)
     clipped_high = above & (tokens.advantage > 0)
     ratio = tokens.bounded_exp(log_ratio)
@@ -148,6 +151,6 @@ def clipped_surrogate(
 
 
 def require_band(objective: Objective) -> None:
-    """Raise ObjectiveError unless 0 ≤ eps_low < 1 and eps_high is finite and ≥ 0."""
-    require_number(objective, "eps_low", low=0, below=1)
+    """Raise ObjectiveError unless both half-widths are finite and ≥ 0."""
+    require_number(objective, "eps_low", low=0)
     require_number(objective, "eps_high", low=0)

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from mhpo_core.batch import TokenBatch
 from mhpo_core.errors import ObjectiveError
@@ -55,8 +56,8 @@ class Mhpo(Objective):
         positive, negative = self.hazards(modulated)
         log_weight = modulated - positive - negative
         return {
-            "surrogate": tokens.times_advantage(log_weight.exp()),
-            "gradient_multiplier": (log_weight + self.log_slope(tokens.log_ratio)).exp(),
+            "surrogate": tokens.times_advantage(tokens.bounded_exp(log_weight)),
+            "gradient_multiplier": tokens.bounded_exp(log_weight + self.log_slope(tokens.log_ratio)),
             **_hazard_terms(modulated, positive, negative),
         }
 
@@ -75,9 +76,8 @@ class Mhpo(Objective):
 
     def hazard_slope(self, modulated: Tensor) -> Tensor:
         """∂ζ/∂ψ."""
-        rise = _power(_softplus(modulated) / self.lambda_pos, self.k_pos - 1) * torch.sigmoid(modulated)
-        fall = _power(_softplus(-modulated) / self.lambda_neg, self.k_neg - 1) * torch.sigmoid(-modulated)
-        return self.k_pos / self.lambda_pos * rise - self.k_neg / self.lambda_neg * fall
+        rise = _hazard_rate(modulated, self.k_pos, self.lambda_pos)
+        return rise - _hazard_rate(-modulated, self.k_neg, self.lambda_neg)
 
     def explain(self) -> MhpoFacts:
         """The numbers that follow from these hyperparameters, computed."""
@@ -113,8 +113,8 @@ class MhpoLfmOnly(Mhpo):
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
         modulated = self.modulated(tokens.log_ratio)
         return {
-            "surrogate": tokens.times_advantage(modulated.exp()),
-            "gradient_multiplier": (modulated + self.log_slope(tokens.log_ratio)).exp(),
+            "surrogate": tokens.times_advantage(tokens.bounded_exp(modulated)),
+            "gradient_multiplier": tokens.bounded_exp(modulated + self.log_slope(tokens.log_ratio)),
             "modulated_log_ratio": modulated,
         }
 
@@ -194,7 +194,7 @@ class MhpoSignAware(Mhpo):
         terms = super().evaluate(tokens)
         modulated = terms["modulated_log_ratio"]
         positive, negative = self.hazards(torch.zeros_like(modulated))
-        weight = (modulated - positive - negative).exp()
+        weight = tokens.bounded_exp(modulated - positive - negative)
         corrective = {
             "surrogate": tokens.times_advantage(weight),
             "gradient_multiplier": weight,
@@ -224,6 +224,13 @@ def _require_false(objective: Mhpo, name: str) -> None:
 def _softplus(value: Tensor) -> Tensor:
     # torch's softplus switches to the identity above 20, which is off by 2e-9 there
     return value.clamp(min=0) + torch.log1p(torch.exp(-value.abs()))
+
+
+def _hazard_rate(value: Tensor, k: float, scale: float) -> Tensor:
+    """∂/∂value of (softplus(value)/scale)^k, in log space: for k < 1 it is 0^(k−1)·0 far below 0."""
+    # softplus(v) and sigmoid(v) are e^v to all digits there
+    log_softplus = torch.where(value < -40, value, _softplus(value.clamp(min=-40)).log())
+    return k / scale * ((k - 1) * (log_softplus - math.log(scale)) + logsigmoid(value)).exp()
 
 
 def _power(value: Tensor, exponent: float) -> Tensor:

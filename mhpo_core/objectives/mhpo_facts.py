@@ -20,8 +20,8 @@ class MhpoFacts:
     Args:
         multiplier_on_policy: M at ratio 1.
         hazard_on_policy: ζ at ratio 1; None without a hazard.
-        largest_multiplier: sup M over all ratios; +Inf if M does not come down again.
-        largest_at: log-ratio where M is largest.
+        largest_multiplier: sup M over all ratios; +Inf if M does not come down again, or exceeds float64.
+        largest_at: log-ratio where M is largest; +Inf with it.
         half_width: log-ratios between which M ≥ sup M / 2 around the largest; ±Inf where it never falls below.
         paper_bound: e^c, the bound of the paper's Theorem 1.
         sign_flip: smallest log-ratio > 0 from which M would be negative without the stop-gradient, None if nowhere.
@@ -40,7 +40,7 @@ class MhpoFacts:
 
 
 def facts(multiplier: Curve, hazard_slope: Curve, c: float, hazard_on_policy: float | None) -> MhpoFacts:
-    """Searches |log r| ≤ 50·max(c, 1), refined to float64 accuracy.
+    """Searches |log r| ≤ max(50·c, 10⁴), refined to float64 accuracy.
 
     Args:
         multiplier: M of a vector of log-ratios, A > 0.
@@ -48,11 +48,12 @@ def facts(multiplier: Curve, hazard_slope: Curve, c: float, hazard_on_policy: fl
         c: half-width of the modulator, nats.
         hazard_on_policy: ζ at ratio 1.
     """
-    end = 50 * max(c, 1.0)
+    end = max(50 * c, 1e4)
     # dense around ratio 1, where a narrow modulator has all its structure
     grid = min(c, 1.0) * torch.sinh(torch.linspace(-1, 1, 20_001, dtype=torch.float64) * math.asinh(end / min(c, 1.0)))
-    top = int(multiplier(grid).argmax())
-    unbounded = top == len(grid) - 1
+    values = multiplier(grid)
+    top = int(values.argmax())
+    unbounded = top == len(grid) - 1 or float(values[top]) > 1e307
     largest_at = math.inf if unbounded else _zoom_to_top(multiplier, float(grid[top - 1]), float(grid[top + 1]))
     largest = math.inf if unbounded else float(multiplier(torch.tensor([largest_at], dtype=torch.float64)))
 

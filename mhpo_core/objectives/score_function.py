@@ -17,8 +17,6 @@ from mhpo_core.objectives.base import Objective
 from mhpo_core.objectives.checks import is_number, require_ratio_range
 from mhpo_core.objectives.tokens import Tokens
 
-_FLAGS = ("clipped_low", "clipped_high", "out_of_range")
-
 
 @dataclass(frozen=True)
 class Reinforce(Objective):
@@ -40,7 +38,7 @@ class Cispo(Objective):
     """w = clip(r, ratio_min, ratio_max).
 
     Args:
-        ratio_min: ≥ 0; 0 leaves the lower bound off, as MiniMax-M1 does.
+        ratio_min: 0 or less leaves the lower bound off, as MiniMax-M1 does.
         ratio_max: an absolute cap, as TRL's `epsilon_high`; verl, SkyRL and ROLL write 1 + eps_high.
 
     Source: MiniMax-M1, arXiv 2506.13585; 5 is TRL's recommendation.
@@ -75,8 +73,8 @@ class TruncatedSampling(Objective):
     """TIS: w = clip(r, ratio_min, ratio_max).
 
     Args:
-        ratio_min: ≥ 0, or None for no lower bound.
-        ratio_max: > 0. 2 is verl 0.9.1's `rollout_is_threshold`; TRL 1.16 truncates at 3.
+        ratio_min: lower bound; None, or 0 or less, for none.
+        ratio_max: > 0, or None for no upper bound. 2 is verl 0.9.1's `rollout_is_threshold`; TRL 1.16 truncates at 3.
     """
 
     name: ClassVar[str] = "tis"
@@ -84,7 +82,7 @@ class TruncatedSampling(Objective):
     follows_from_ratio: ClassVar[bool] = True
 
     ratio_min: float | None = None
-    ratio_max: float = 2.0
+    ratio_max: float | None = 2.0
 
     def __post_init__(self) -> None:
         require_ratio_range(self, "ratio_min", "ratio_max")
@@ -113,7 +111,7 @@ class IcePop(MaskedSampling):
     name: ClassVar[str] = "icepop"
 
     ratio_min: float | None = 0.5
-    ratio_max: float = 5.0
+    ratio_max: float | None = 5.0
 
 
 @dataclass(frozen=True)
@@ -147,34 +145,39 @@ class Topr(Objective):
             object.__setattr__(self, name, (float(pair[0]), float(pair[1])))
 
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
-        positive = truncated(tokens, tokens.log_ratio, *self.pos_clip)
-        negative = truncated(tokens, tokens.log_ratio, *self.neg_clip)
+        positive, negative = (self._terms(tokens, *bounds) for bounds in (self.pos_clip, self.neg_clip))
         return {name: torch.where(tokens.advantage > 0, positive[name], negative[name]) for name in positive}
 
+    @staticmethod
+    def _terms(tokens: Tokens, low: float, high: float) -> dict[str, Tensor]:
+        terms = truncated(tokens, tokens.log_ratio, low, high)
+        if low == high:  # a constant weight, not a bound
+            terms |= {name: torch.zeros_like(flags) for name, flags in terms.items() if flags.dtype == torch.bool}
+        return terms
 
-def truncated(tokens: Tokens, log_ratio: Tensor, low: float | None, high: float) -> dict[str, Tensor]:
+
+def truncated(tokens: Tokens, log_ratio: Tensor, low: float | None, high: float | None) -> dict[str, Tensor]:
     """Terms of w = clip(r, low, high), clipped in log space.
 
     Args:
         log_ratio: (B, T), of the token or of its sequence.
     """
-    below, above = log_ratio < _log(low), log_ratio > math.log(high)
-    if low == high:  # a constant weight, not a bound
-        never = torch.zeros_like(below)
-        return tokens.score_function(torch.full_like(log_ratio, high)) | dict.fromkeys(_FLAGS, never)
-    weight = torch.where(above, high, torch.where(below, low or 0.0, tokens.bounded_exp(log_ratio)))
-    return tokens.score_function(weight) | dict(zip(_FLAGS, (below, above, below | above), strict=True))
+    below, above = log_ratio < _log(low, -math.inf), log_ratio > _log(high, math.inf)
+    weight = tokens.bounded_exp(log_ratio)
+    weight = torch.where(below, low or 0.0, weight)
+    weight = weight if high is None else torch.where(above, high, weight)
+    return tokens.score_function(weight) | {"clipped_low": below, "clipped_high": above, "out_of_range": below | above}
 
 
-def masked(tokens: Tokens, log_ratio: Tensor, low: float | None, high: float) -> dict[str, Tensor]:
+def masked(tokens: Tokens, log_ratio: Tensor, low: float | None, high: float | None) -> dict[str, Tensor]:
     """Terms of w = r inside [low, high], 0 outside."""
     terms = truncated(tokens, log_ratio, low, high)
     weight = torch.where(terms["out_of_range"], 0.0, terms["gradient_multiplier"])
     return terms | tokens.score_function(weight)
 
 
-def _log(bound: float | None) -> float:
-    return math.log(bound) if bound else -math.inf
+def _log(bound: float | None, without: float) -> float:
+    return math.log(bound) if bound is not None and bound > 0 else without
 
 
 def _is_ratio_range(pair: object) -> bool:

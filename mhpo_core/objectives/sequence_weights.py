@@ -73,14 +73,14 @@ class SequenceMis(Objective):
     """w = W inside [ratio_min, ratio_max], 0 outside.
 
     Args:
-        ratio_min, ratio_max: ≥ 0; ratio_min may be None for no lower bound.
+        ratio_min, ratio_max: bounds of the ratio; None, or a ratio_min ≤ 0, for none.
     """
 
     name: ClassVar[str] = "seq_mis"
     canonical_aggregation: ClassVar[str] = "seq-mean-token-sum"
 
     ratio_min: float | None = 0.5
-    ratio_max: float = 2.0
+    ratio_max: float | None = 2.0
 
     def __post_init__(self) -> None:
         require_ratio_range(self, "ratio_min", "ratio_max")
@@ -99,7 +99,7 @@ class GeometricMis(SequenceMis):
     name: ClassVar[str] = "geo_mis"
 
     ratio_min: float | None = 0.9
-    ratio_max: float = 1.3
+    ratio_max: float | None = 1.3
 
     def evaluate(self, tokens: Tokens) -> dict[str, Tensor]:
         terms = masked(tokens, tokens.sequence_mean(tokens.log_ratio), self.ratio_min, self.ratio_max)

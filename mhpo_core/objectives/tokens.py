@@ -18,15 +18,16 @@ LARGEST_EXPONENT = {torch.float32: 88.72, torch.float64: 709.78}
 
 @dataclass(frozen=True)
 class Tokens:
-    """Inputs of `Objective.evaluate`, all (B, T) in float32 or float64; masked positions hold 0.
+    """Inputs of `Objective.evaluate`, all (B, T) in the dtype that is computed in; masked positions hold 0.
 
     Args:
         logp_new, logp_old: nats.
         log_ratio: logp_new − logp_old, nats, never clamped.
-        exponent: log_ratio, clamped from above to what exp can hold in this dtype.
+        exponent: log_ratio, clamped from above to what exp can hold in that dtype.
         advantage: reward units.
         mask: True = the token trains.
         log_mismatch: logp_old − logp_rollout, nats; None where the batch has no logp_rollout.
+        result_dtype: what the terms are rounded to.
     """
 
     logp_new: Tensor
@@ -36,15 +37,21 @@ class Tokens:
     advantage: Tensor
     mask: Tensor
     log_mismatch: Tensor | None = None
+    result_dtype: torch.dtype = torch.float64
 
     @staticmethod
-    def of(batch: TokenBatch) -> Tokens:
-        """Computed in float32, or in float64 where a log-probability is float64.
+    def of(batch: TokenBatch, dtype: torch.dtype | None = None) -> Tokens:
+        """The batch's tokens, computed in float64 unless told otherwise.
 
         Masked positions are overwritten before anything is computed from them, so a NaN there stays there.
+
+        Args:
+            dtype: to compute in. None is float64, because the ratio of a float32 batch can leave the float32 range
+                where ratio times advantage is inside it; float32 on devices without float64.
         """
-        doubles = torch.float64 in (batch.logp_new.dtype, batch.logp_old.dtype)
-        dtype = torch.float64 if doubles else torch.float32
+        result_dtype = Tokens.result_dtype_of(batch)
+        if dtype is None:
+            dtype = result_dtype if batch.logp_new.device.type == "mps" else torch.float64
 
         def trained(values: Tensor) -> Tensor:
             return torch.where(batch.mask, values.detach().to(dtype), 0.0)
@@ -61,7 +68,14 @@ class Tokens:
             advantage=trained(batch.advantage),
             mask=batch.mask,
             log_mismatch=None if rollout is None else logp_old - trained(rollout),
+            result_dtype=result_dtype,
         )
+
+    @staticmethod
+    def result_dtype_of(batch: TokenBatch) -> torch.dtype:
+        """float64 where a log-probability is, else float32."""
+        doubles = torch.float64 in (batch.logp_new.dtype, batch.logp_old.dtype)
+        return torch.float64 if doubles else torch.float32
 
     def along(self, logp_new: Tensor, advantage: Tensor) -> Tokens:
         """The same tokens with everything that depends on these log-probabilities computed from them again."""
@@ -72,20 +86,20 @@ class Tokens:
 
     @property
     def too_large(self) -> Tensor:
-        """(B, T) bool: the ratio does not fit the dtype."""
+        """(B, T) bool: the ratio does not fit the dtype of the result."""
         return self.overflows(self.log_ratio)
 
     def overflows(self, exponent: Tensor) -> Tensor:
-        """True where exp(exponent) does not fit the dtype."""
-        return exponent > LARGEST_EXPONENT[exponent.dtype]
+        """True where exp(exponent) does not fit the dtype of the result."""
+        return exponent > LARGEST_EXPONENT[self.result_dtype]
 
     def bounded_exp(self, exponent: Tensor) -> Tensor:
-        """exp, with the exponent clamped from above to what the dtype can hold."""
+        """exp, with the exponent clamped from above to what the dtype that is computed in can hold."""
         return exponent.clamp(max=LARGEST_EXPONENT[exponent.dtype]).exp()
 
     def times_advantage(self, weight: Tensor) -> Tensor:
         """weight · A, and 0 where A is 0 whatever the weight is."""
-        return torch.where(self.advantage == 0, 0.0, weight * self.advantage)
+        return torch.where(self.advantage == 0, 0.0, product(weight, self.advantage))
 
     def score_function(self, weight: Tensor) -> dict[str, Tensor]:
         """Terms of J = stop_gradient(weight)·A·logp_new; a weight of 0 drops the token, also at logp_new = −Inf."""
@@ -99,3 +113,10 @@ class Tokens:
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Mean over the trained tokens of each sequence, repeated at each of its positions; 0 where none trains."""
         return self.sequence_sum(values) / self.mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right; what two finite factors overflow to is the largest finite value."""
+    result = left * right
+    overflowed = result.isinf() & left.isfinite() & right.isfinite()
+    return torch.where(overflowed, result.sign() * torch.finfo(result.dtype).max, result)

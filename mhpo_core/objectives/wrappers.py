@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mhpo_core.errors import ObjectiveError
 from mhpo_core.objectives.base import Objective
-from mhpo_core.objectives.checks import require_number, require_positive
+from mhpo_core.objectives.checks import require_number, require_positive, require_ratio_range
 from mhpo_core.objectives.clipping import ImportanceSampling, PpoClip
-from mhpo_core.objectives.tokens import Tokens
+from mhpo_core.objectives.tokens import Tokens, product
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class OffPolicyMask(SequenceMask):
 
     Args:
         base: see Wrapper.
-        kl_threshold: nats, > 0. 0.5 in TRL's documentation; Trinity found 0.05 to 0.2.
+        kl_threshold: nats, ≥ 0. 0.5 in TRL's documentation; Trinity found 0.05 to 0.2.
 
     Source: DeepSeek-V3.2; TRL 1.16 `off_policy_mask_threshold`.
     """
@@ -80,7 +80,7 @@ class OffPolicyMask(SequenceMask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "kl_threshold")
+        require_number(self, "kl_threshold", low=0)
 
     def keeps(self, tokens: Tokens) -> Tensor:
         return (tokens.advantage >= 0) | ~(-tokens.sequence_mean(tokens.log_ratio) > self.kl_threshold)
@@ -92,7 +92,7 @@ class TrustRegionMaxK2(SequenceMask):
 
     Args:
         base: see Wrapper; without a bound of its own by default, the mask is the bound.
-        threshold: nats, > 0.
+        threshold: nats, ≥ 0.
 
     Source: arXiv 2512.23075, whose own criterion is the true token KL or TV; verl 0.9.1 `seq_max_k2`.
     """
@@ -104,7 +104,7 @@ class TrustRegionMaxK2(SequenceMask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "threshold")
+        require_number(self, "threshold", low=0)
 
     def keeps(self, tokens: Tokens) -> Tensor:
         # compared as |log r|, whose square could overflow
@@ -118,7 +118,7 @@ class TrustRegionMeanK3(SequenceMask):
 
     Args:
         base: see Wrapper; without a bound of its own by default, the mask is the bound.
-        threshold: nats, > 0.
+        threshold: nats, ≥ 0.
 
     Source: arXiv 2512.23075, whose own criterion is the true token KL or TV; verl 0.9.1 `seq_mean_k3`.
     """
@@ -130,7 +130,7 @@ class TrustRegionMeanK3(SequenceMask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "threshold")
+        require_number(self, "threshold", low=0)
 
     def keeps(self, tokens: Tokens) -> Tensor:
         k3 = torch.expm1(tokens.exponent) - tokens.log_ratio
@@ -149,7 +149,7 @@ class Decoupled(Wrapper):
             …_truncate w = min(ρ, clip_max) · …_mask w = ρ·1[ρ ≤ clip_max] · …_mask_two_sided
             w = ρ·1[clip_min ≤ ρ ≤ clip_max].
         clip_max: > 0. 3 in TRL 1.16, whose default mode is sequence_mask.
-        clip_min: ≥ 0 and ≤ clip_max, for the two-sided modes; not used by the others.
+        clip_min: ≤ clip_max, for the two-sided modes; None, or 0 or less, for no lower bound. Not used by the others.
 
     Source: TRL 1.16 `vllm_importance_sampling_*`; verl 0.9.1 `rollout_is`.
     """
@@ -158,7 +158,7 @@ class Decoupled(Wrapper):
 
     mode: str = "token_truncate"
     clip_max: float = 3.0
-    clip_min: float = 0.5
+    clip_min: float | None = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,12 +167,10 @@ class Decoupled(Wrapper):
                 f"{self.name}: mode = {self.mode!r}, allowed are {', '.join(_MODES)}. Change it in [objective]."
             )
         require_positive(self, "clip_max")
-        require_number(self, "clip_min", low=0)
-        if self.mode.endswith("two_sided") and self.clip_min > self.clip_max:
-            raise ObjectiveError(
-                f"{self.name}: clip_min = {self.clip_min!r} with clip_max = {self.clip_max!r}, allowed are "
-                "clip_min ≤ clip_max. Change them in [objective]."
-            )
+        if self.mode.endswith("two_sided"):
+            require_ratio_range(self, "clip_min", "clip_max")
+        elif self.clip_min is not None:
+            require_number(self, "clip_min")
         # a weight changes nothing about how an objective is averaged
         object.__setattr__(self, "canonical_aggregation", self.base.canonical_aggregation)
 
@@ -200,7 +198,7 @@ class Decoupled(Wrapper):
         outside = ~tokens.mask
         if "mask" in self.mode:
             outside = outside | above
-        if self.mode.endswith("two_sided") and self.clip_min > 0:
+        if self.mode.endswith("two_sided") and self.clip_min is not None and self.clip_min > 0:
             outside = outside | (log_rho < math.log(self.clip_min))
         return torch.where(outside, 0.0, weight)
 
@@ -214,4 +212,4 @@ def shares_gradient(objective: Objective) -> bool:
 
 
 def _weighed(values: Tensor, weight: Tensor) -> Tensor:
-    return torch.where(weight == 0, 0.0, values * weight)
+    return torch.where(weight == 0, 0.0, product(values, weight))

@@ -26,12 +26,14 @@ OUTLIER_FIELDS = ("log_ratio", "logp_new", "logp_old", "advantage", "gradient_mu
 class Accumulators:
     """Mergeable statistics of the tokens of a part of a step, on the device they were computed on.
 
-    Letters: C counts, S sums, E extremes, Q binned quantities, 4 sides (A > 0, A < 0, A = 0, A is NaN), K outliers.
+    Letters: C counts, S sums, L log-sums, E extremes, Q binned quantities, K outliers, 4 sides (A > 0, A < 0, A = 0,
+    A is NaN).
 
     Args:
         names: names of the counts, sums, extremes and binned quantities, the same for every part of a run.
         counts: (C,) int64.
         sums: (S,) float64.
+        log_sums: (L,) float64, log Σ exp.
         minima, maxima: (E,) float64, ±Inf kept, NaN ignored; +Inf and −Inf where there was nothing.
         bin_count: (Q, 4, N_BINS) int64.
         bin_weight: (Q, 4, N_BINS) float64, Σ|A·M| of the bin's tokens.
@@ -45,6 +47,7 @@ class Accumulators:
     names: AccumulatorNames
     counts: Tensor
     sums: Tensor
+    log_sums: Tensor
     minima: Tensor
     maxima: Tensor
     bin_count: Tensor
@@ -72,6 +75,7 @@ class AccumulatorNames:
 
     counts: tuple[str, ...]
     sums: tuple[str, ...]
+    log_sums: tuple[str, ...]
     extremes: tuple[str, ...]
     quantities: tuple[str, ...]
 
@@ -105,6 +109,7 @@ def merge(parts: Sequence[Accumulators]) -> Accumulators:
         names=first.names,
         counts=stacked("counts").sum(0),
         sums=stacked("sums").sum(0),
+        log_sums=stacked("log_sums").logsumexp(0),
         minima=stacked("minima").amin(0),
         maxima=stacked("maxima").amax(0),
         bin_count=stacked("bin_count").sum(0),

@@ -64,7 +64,7 @@ def scalars_of(accumulated: Accumulators) -> dict[str, Scalar]:
     mean = _ratio(found.sums["log_ratio"], n)
     scalars |= {
         "log_ratio_std": None if variance is None else math.sqrt(max(variance, 0.0)),
-        "ess_fraction": _ratio(found.sums["ratio"] ** 2 / found.sums["ratio_squared"], n) if n else None,
+        "ess_fraction": math.exp(2 * found.log_sums["ratio"] - found.log_sums["ratio_squared"]) / n if n else None,
         "kl_old_new_k1": None if mean is None else -mean,
         "kl_old_new_k3": _ratio(found.sums["kl_old_new_k3"], n),
         "kl_rollout_old_k3": _ratio(found.sums.get("kl_rollout_old_k3", 0.0), found.counts.get("mismatch", 0)),
@@ -93,6 +93,7 @@ class _Named:
         names = accumulated.names
         self.counts: dict[str, int] = dict(zip(names.counts, accumulated.counts.tolist(), strict=True))
         self.sums: dict[str, float] = dict(zip(names.sums, accumulated.sums.tolist(), strict=True))
+        self.log_sums: dict[str, float] = dict(zip(names.log_sums, accumulated.log_sums.tolist(), strict=True))
         self.minima: dict[str, float] = dict(zip(names.extremes, accumulated.minima.tolist(), strict=True))
         self.maxima: dict[str, float] = dict(zip(names.extremes, accumulated.maxima.tolist(), strict=True))
         self.bins = dict(zip(names.quantities, accumulated.bin_count.numpy(), strict=True))
@@ -118,6 +119,10 @@ class _Named:
         values: list[float | None] = [None] * len(_LEVELS)
         if counts is not None and self.counts.get(name, 0):
             here = sum(counts[SIDES.index(side)] for side in sides)
+            # ±Inf lies in the open end bins, and a quantile is over finite values
+            above = self.counts[f"{name}_infinite"]
+            below = self.counts[f"{name}_known"] - self.counts[name] - above
+            here[0], here[-1] = max(here[0] - below, 0), max(here[-1] - above, 0)
             values = [None if math.isnan(v) else v for v in quantiles(here, _LEVELS, low, high).tolist()]
         return found | {f"{prefix}_{q}{suffix}": v for q, v in zip(QUANTILE_LEVELS, values, strict=True)}
 

@@ -66,6 +66,16 @@ def test_a_multiplier_that_never_comes_down_is_infinite():
     assert facts.largest_multiplier == math.inf and facts.largest_at == math.inf
 
 
+def test_without_the_modulator_the_largest_multiplier_may_lie_far_out():
+    facts = objectives.create(
+        "mhpo_dhp_only", c=0.5, k_pos=1.5, lambda_pos=5.0, k_neg=2.0, lambda_neg=0.3
+    ).explain()  # c has no effect here, so it says nothing of where to search
+    # dζ₊/dx = 1.5/5·sqrt(x/5) = 1 at x = 5/0.3² = 55.56, up to the softplus
+    assert facts.sign_flip == pytest.approx(5 / 0.3**2, rel=1e-12)
+    assert facts.largest_at == pytest.approx(facts.sign_flip, rel=1e-9)
+    assert facts.largest_multiplier == pytest.approx(1.10e8, rel=0.01)
+
+
 def test_a_bound_too_large_for_a_float_is_infinite():
     assert objectives.create("mhpo", c=1000.0).explain().paper_bound == math.inf
 

@@ -243,6 +243,82 @@ def test_a_sequence_without_a_trained_token_changes_no_other(name, random_batch)
     assert not objective.terms(masked).gradient_multiplier[2:].any()
 
 
+def one_token(log_ratio, advantage, dtype=torch.float32, mismatch=0.0) -> TokenBatch:
+    """One token with logp_old = 0, as float32 holds its log-ratio exactly."""
+    cell = torch.tensor([[float(log_ratio)]], dtype=dtype, requires_grad=True)
+    rollout = torch.tensor([[-float(mismatch)]], dtype=dtype)
+    advantages = torch.tensor([[float(advantage)]], dtype=dtype)
+    return TokenBatch(cell, torch.zeros_like(cell), advantages, torch.ones(1, 1), logp_rollout=rollout)
+
+
+def slope_of(objective, batch) -> float:
+    objective.loss(batch, "token-sum").backward()
+    return -batch.logp_new.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "log_ratio"),
+    [
+        ("mhpo_dhp_only", {"k_pos": 0.5, "lambda_pos": 5.0}, 100.0),
+        ("mhpo_lfm_only", {"c": 100.0}, 200.0),
+        ("mhpo_sa", {"c": 100.0, "k_pos": 0.5, "lambda_pos": 5.0}, 200.0),
+        ("mhpo_no_stopgrad", {"c": 110.0, "k_pos": 0.5, "k_neg": 0.5, "lambda_neg": 5.0}, -700.0),
+        ("decoupled", {}, 95.0),
+        ("decoupled", {"base": "is_pg"}, 720.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_multiplier_beyond_the_range_is_no_nan(name, given, log_ratio, dtype):
+    objective = objectives.create(name, **given)
+    for advantage in (0.0, 1.0, -2.0):
+        batch = one_token(log_ratio, advantage, dtype, mismatch=0.5)
+        assert math.isfinite(slope_of(objective, batch))
+        assert advantage != 0 or (batch.logp_new.grad.item() == 0 and objective.loss(batch).item() == 0)
+
+
+@pytest.mark.parametrize(("log_ratio", "advantage"), [(89.0, 0.5), (89.25, -0.5), (92.0, 2.0**-9)])
+def test_a_ratio_beyond_float32_whose_product_with_the_advantage_is_inside(log_ratio, advantage):
+    batch = one_token(log_ratio, advantage)
+    expected = math.exp(log_ratio) * advantage
+    objective = objectives.create("is_pg")
+    assert slope_of(objective, batch) == pytest.approx(expected, rel=1e-6)
+    assert objective.terms(batch).surrogate.item() == pytest.approx(expected, rel=1e-6)
+    assert objective.loss(batch).item() == pytest.approx(-expected, rel=1e-6)
+    assert objective.terms(batch).clamped.item()
+
+
+def test_a_mean_of_float32_values_that_their_sum_would_leave():
+    x = torch.full((1, 4), 88.5)
+    batch = TokenBatch(x, torch.zeros_like(x), torch.ones(1), torch.ones(1, 4))
+    assert objectives.create("is_pg").loss(batch).item() == pytest.approx(-math.exp(88.5), rel=1e-6)
+
+
+def test_a_tiny_mismatch_weight_times_a_huge_ratio():
+    objective = objectives.create("decoupled", base="is_pg")
+    batch = one_token(80.0, -1.0, mismatch=-100.0)
+    assert slope_of(objective, batch) == pytest.approx(-math.exp(-20), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mhpo", "mhpo_dhp_only", "mhpo_no_stopgrad", "mhpo_sa"])
+@pytest.mark.parametrize("given", [{}, {"c": 20.0, "k_pos": 7.0, "k_neg": 7.0, "lambda_pos": 5.0, "lambda_neg": 5.0}])
+def test_float32_is_float64_rounded_once(name, given):
+    x = torch.linspace(-12, 12, 4001)[None]
+    objective = objectives.create(name, **given)
+    batch = TokenBatch(x, torch.zeros_like(x), torch.ones(1), torch.ones_like(x))
+    exact = replace(batch, logp_new=x.double(), logp_old=torch.zeros_like(x).double())
+    for term in ("surrogate", "gradient_multiplier"):
+        found, expected = getattr(objective.terms(batch), term), getattr(objective.terms(exact), term)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-7, atol=1e-37)
+
+
+@pytest.mark.parametrize("name", ["mis", "icepop"])
+def test_a_band_of_one_ratio_masks_all_others(name):
+    x = torch.tensor([[1.0, -1.0, 0.0]])
+    batch = TokenBatch(x, torch.zeros_like(x), torch.ones(1), torch.ones_like(x))
+    found = objectives.create(name, ratio_min=1.0, ratio_max=1.0).terms(batch).gradient_multiplier
+    assert found.tolist() == [[0.0, 0.0, 1.0]]
+
+
 def test_clip_flags_tell_binding_from_out_of_range():
     # ratio 1.5, 1.5, 0.5, 0.5, 1 with A = +, −, +, −, + and bounds 0.8 … 1.2
     ratio, advantage = [1.5, 1.5, 0.5, 0.5, 1.0], [1.0, -1.0, 1.0, -1.0, 1.0]

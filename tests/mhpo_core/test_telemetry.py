@@ -211,6 +211,13 @@ def test_effective_sample_size_survives_huge_ratios():
     assert scalars_of(tokens([700.0, 700.0, 0.0, 0.0], [1.0] * 4))["ess_fraction"] == pytest.approx(0.5, rel=1e-12)
 
 
+@pytest.mark.parametrize("shift", [-400.0, 400.0])
+def test_effective_sample_size_of_ratios_whose_squares_no_float_holds(shift):
+    # the larger one is all there is: ESS = 1 of 2; two equal ones: 2 of 2
+    assert scalars_of(tokens([shift, shift - 100], [1.0, 1.0]))["ess_fraction"] == pytest.approx(0.5, rel=1e-12)
+    assert scalars_of(tokens([shift, shift], [1.0, 1.0]))["ess_fraction"] == pytest.approx(1.0, rel=1e-12)
+
+
 def test_smallest_and_largest_keep_infinity_and_the_mean_does_not():
     found = scalars_of(tokens([-math.inf, 0.25, 0.75, math.inf, math.nan], [1.0] * 5))
     assert (found["log_ratio_min"], found["log_ratio_max"]) == (-math.inf, math.inf)

@@ -192,9 +192,9 @@ def inner(t, objective) -> Tensor:
     return TWINS[objective.name][0](t, **{f.name: getattr(objective, f.name) for f in fields(objective)})
 
 
-BAND = {"eps_low": st.floats(0, 0.95), "eps_high": st.floats(0, 3)}
+BAND = {"eps_low": st.floats(0, 1.5), "eps_high": st.floats(0, 3)}
 MHPO = {name: st.floats(0.3, 3) for name in ("c", "k_pos", "lambda_pos", "k_neg", "lambda_neg")}
-RANGE = {"ratio_min": st.floats(0, 0.9), "ratio_max": st.floats(1.1, 4)}
+RANGE = {"ratio_min": st.floats(-1, 0.9), "ratio_max": st.floats(1.1, 4)}
 PAIR = st.tuples(st.floats(0, 0.9), st.floats(1, 3))
 # at a delta of 0 the naive divergence is decided by its rounding error
 DELTAS = {"delta_low": st.floats(0.001, 0.5), "delta_high": st.floats(0.001, 0.5), "ratio_cap": st.floats(0.5, 20)}
@@ -216,7 +216,7 @@ TWINS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "ppo_clip": (clip, BAND),
     "dapo_clip": (clip, BAND),
     "dual_clip": (dual_clip, {**BAND, "dual_c": st.floats(1.1, 5)}),
-    "two_sided_clip": (two_sided, {**BAND, "delta": st.floats(4.01, 8)}),
+    "two_sided_clip": (two_sided, {**BAND, "delta": st.floats(0.3, 8)}),
     "is_pg": (lambda t: t.ratio * t.advantage, {}),
     "reinforce": (lambda t: t.advantage * t.logp, {}),
     "cispo": (cispo, RANGE),
