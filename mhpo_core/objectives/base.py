@@ -137,7 +137,12 @@ class Objective(ABC):
         logp = torch.where(batch.mask, batch.logp_new.to(tokens.result_dtype), 0.0)
         surrogate = _WithSlope.apply(terms["surrogate"], slope, logp)  # type: ignore[no-untyped-call]
         mode = aggregation or self.canonical_aggregation
-        return -aggregate(surrogate, batch.mask, mode, loss_scale).to(tokens.result_dtype)
+        total = -aggregate(surrogate, batch.mask, mode, loss_scale)
+        if total.dtype == tokens.result_dtype:
+            return total
+        value = _rounded(total.detach(), tokens.result_dtype)
+        loss: Tensor = _WithSlope.apply(value, torch.ones_like(value), total)  # type: ignore[no-untyped-call]
+        return loss
 
     def on_policy_terms(self) -> dict[str, float]:
         """The terms of a token with ratio 1 and advantage 1: the baseline every plot of them needs."""
@@ -203,7 +208,7 @@ class _WithSlope(torch.autograd.Function):
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values in this dtype; a finite value beyond its range becomes its largest one, ±Inf and NaN stay."""
-    if values.dtype == dtype:
-        return values
     largest = torch.finfo(dtype).max
+    if largest >= torch.finfo(values.dtype).max:
+        return values.to(dtype)
     return torch.where(values.isfinite(), values.clamp(-largest, largest), values).to(dtype)
