@@ -39,6 +39,9 @@ _BLOCK = 1024
 def accumulate(batch: TokenBatch, objective: Objective, *, compiled: bool = False) -> Accumulators:
     """Mergeable statistics of the batch's trained tokens under the objective; see `Accumulators`.
 
+    The terms are computed in float32, or in float64 where a log-probability is; `Objective.terms` and `measure` compute
+    them in float64 always, which differs only where a multiplier leaves the float32 range.
+
     Args:
         compiled: run the pass through torch.compile: one or two kernels in place of some two hundred, after several
             seconds for the first batch of a shape. Pays on CUDA and for long runs of large batches on a CPU.
