@@ -13,7 +13,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -39,12 +39,14 @@ class GradientNorms:
         by_group: group → norm of its gradient.
         weight_by_group: group → norm of its weights.
         nonfinite_by_group: group → parameters whose gradient norm is NaN or ±Inf.
+        by_parameter: parameter → norm of its gradient.
     """
 
     total: float
     by_group: dict[str, float]
     weight_by_group: dict[str, float]
     nonfinite_by_group: dict[str, int]
+    by_parameter: dict[str, float] = field(default_factory=dict)
 
 
 def parameter_group(name: str) -> str:
@@ -220,10 +222,12 @@ def _grouped(trained: Sequence[tuple[str, nn.Parameter]], norms: Tensor) -> Grad
     gradient_squares: dict[str, float] = defaultdict(float)
     weight_squares: dict[str, float] = defaultdict(float)
     nonfinite: dict[str, int] = defaultdict(int)
+    by_parameter: dict[str, float] = {}
     for (name, parameter), gradient, weight in zip(trained, gradients, weights, strict=True):
         if parameter.grad is None and gradient == 0:
             continue
         group = parameter_group(name)
+        by_parameter[name] = gradient
         gradient_squares[group] += gradient * gradient
         weight_squares[group] += weight * weight
         nonfinite[group] += not _is_finite(gradient)
@@ -232,6 +236,7 @@ def _grouped(trained: Sequence[tuple[str, nn.Parameter]], norms: Tensor) -> Grad
         by_group={g: s**0.5 for g, s in gradient_squares.items()},
         weight_by_group={g: s**0.5 for g, s in weight_squares.items()},
         nonfinite_by_group=dict(nonfinite),
+        by_parameter=by_parameter,
     )
 
 

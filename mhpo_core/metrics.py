@@ -99,6 +99,7 @@ def _table() -> list[Metric]:
         Metric("logit_grad_norm_mean", "token gradient norm", "1", TOKEN_MEAN, "mean of |A·M|·sqrt(1 − 2p + Σp²); |A·M|·(1 − p) where Σp² is not recorded"),
         Metric("logit_grad_norm_max", "token gradient norm, largest", "1", MAXIMUM, "max of the token gradient norm"),
         Metric("logit_grad_norm_top1_share", "gradient held by the top 1 % of tokens", "share", FROM_SUMS, "Σ over the ⌈n/100⌉ largest token gradient norms ÷ Σ over all"),
+        Metric("logit_grad_norm_exact_count", "token gradient norms with Σp²", "tokens", SUM, "trained tokens whose norm is |A·M|·sqrt(1 − 2p + Σp²); that of the others is |A·M|·(1 − p), at most √2 too small", integer=True),
         Metric("zero_std_groups", "dead groups", "groups", SUM, "groups whose rewards are all equal", integer=True),
         Metric("n_groups", "groups", "groups", SUM, "groups of the step", integer=True),
         Metric("length_mean", "response length", "tokens", SEQUENCE_MEAN, "mean number of trained tokens of a sequence"),

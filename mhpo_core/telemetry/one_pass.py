@@ -195,6 +195,8 @@ def _reduce_health(reduced: _Reductions, batch: TokenBatch, terms: Terms) -> Non
         reduced.mean("entropy_mean", batch.entropy)
     if batch.sum_p_squared is not None:
         impossible = impossible | (batch.sum_p_squared > 1 + IMPOSSIBLE)
+    exact = batch.mask if batch.sum_p_squared is not None else torch.zeros_like(batch.mask)
+    reduced.count("logit_grad_norm_exact_count", exact)
     reduced.count("nonfinite_count", bad)
     reduced.count("clamped_count", terms.clamped)
     reduced.count("impossible_count", impossible)

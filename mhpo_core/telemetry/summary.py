@@ -21,7 +21,14 @@ _MEANS = (
     "hazard_positive_mean", "hazard_negative_mean", "survival_weight_mean", "clip_fraction_low", "clip_fraction_high",
     "out_of_range_fraction", "entropy_mean",
 )  # fmt: skip
-_COUNTS = ("n_tokens", "n_sequences", "nonfinite_count", "clamped_count", "impossible_count")
+_COUNTS = (
+    "n_tokens",
+    "n_sequences",
+    "nonfinite_count",
+    "clamped_count",
+    "impossible_count",
+    "logit_grad_norm_exact_count",
+)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ def test_by_hand(dtype):
     found = gradient_norms(named)
     assert found.total == pytest.approx(85.0, rel=1e-6)
     assert found.by_group == pytest.approx({"model.layers.0.mlp": 13.0, "model.embed_tokens": 84.0}, rel=1e-6)
+    up, down, embedding = (name for name, _ in named[:3])
+    assert found.by_parameter == pytest.approx({up: 5.0, down: 12.0, embedding: 84.0}, rel=1e-6)
     # weights: √(1 + 4 + 4) = 3 and √(36 + 64) = 10
     assert found.weight_by_group == pytest.approx({"model.layers.0.mlp": 3.0, "model.embed_tokens": 10.0}, rel=1e-6)
     assert found.nonfinite_by_group == {"model.layers.0.mlp": 0, "model.embed_tokens": 0}

@@ -89,6 +89,7 @@ def expected_scalars(batch, telemetry, on_policy) -> dict:
         "length_mean": lengths[lengths > 0].mean(),
         "nonfinite_count": (~good).sum(),
         "clamped_count": flat(telemetry.terms.clamped).sum(),
+        "logit_grad_norm_exact_count": mask.sum(),
         "impossible_count": (
             (logp_new > 1e-4) | (flat(batch.entropy) < -1e-4) | (flat(batch.sum_p_squared) > 1 + 1e-4)
         ).sum(),
@@ -255,6 +256,7 @@ def test_what_has_no_input_is_none(random_batch):
     batch = replace(random_batch(0), logp_rollout=None, entropy=None, logp_ref=None, sum_p_squared=None)
     found = scalars_of(batch)
     none = {name for name, value in found.items() if value is None}
+    assert found["logit_grad_norm_exact_count"] == 0
     mismatch = {name for name in METRICS if name.startswith("mismatch_")}
     assert none == mismatch | {n for n in METRICS if n.startswith(("hazard", "survival"))} | {
         "kl_rollout_old_k3", "entropy_mean",
@@ -269,11 +271,12 @@ def test_a_step_of_only_bad_tokens_has_no_means():
     counted = {
         name: found[name] for name in (
             "n_tokens", "n_sequences", "length_mean", "nonfinite_count", "clamped_count", "impossible_count",
+            "logit_grad_norm_exact_count",
         )
     }  # fmt: skip
     assert counted == {
         "n_tokens": 2, "n_sequences": 1, "length_mean": 2.0, "nonfinite_count": 2, "clamped_count": 0,
-        "impossible_count": 0,
+        "impossible_count": 0, "logit_grad_norm_exact_count": 0,
     }  # fmt: skip
     assert all(value is None for name, value in found.items() if name not in counted)
 
