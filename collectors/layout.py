@@ -23,7 +23,7 @@ from typing import Any
 
 from mhpo_core.errors import StoreError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, LOCK, VOCABULARY, EVENTS = "run.json", "writer.lock", "vocabulary.parquet", "events"
 ROLLUP, TOKENS, SEQUENCES = "rollup", "tokens", "sequences"
 STEP_TABLES = (TOKENS, SEQUENCES, ROLLUP)
@@ -127,7 +127,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     """The contents of run.json.
 
     Raises:
-        StoreError: the folder is not a run, its run.json is damaged, or it was written by a newer version.
+        StoreError: the folder is not a run, its run.json is damaged, or another version of mhpo wrote it.
     """
     path = run / MANIFEST
     try:
@@ -153,5 +153,10 @@ def read_manifest(run: Path) -> dict[str, Any]:
         raise StoreError(
             f"open_run: {run} has schema version {manifest['schema_version']}, this program reads up to "
             f"{SCHEMA_VERSION}. Open it with a newer version of mhpo."
+        )
+    if manifest["schema_version"] < SCHEMA_VERSION:
+        raise StoreError(
+            f"open_run: {run} has schema version {manifest['schema_version']}, of a version of mhpo that was never "
+            f"released; this program reads {SCHEMA_VERSION}. Record it again."
         )
     return manifest

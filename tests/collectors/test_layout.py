@@ -115,7 +115,7 @@ def test_rows_of_a_step_that_is_not_yet_in_the_listing_of_steps_stay_out(tmp_pat
         (b"[" * 100_000, "cannot be read"),
         (b"[1]", "no schema_version"),
         (b'{"schema_version": "1"}', "no schema_version"),
-        (b'{"schema_version": 1, "objective": "mhpo"}', "objective"),
+        (b'{"schema_version": 2, "objective": "mhpo"}', "objective"),
     ],
 )
 def test_a_damaged_manifest_is_one_clear_line(tmp_path, content, says):
@@ -124,6 +124,15 @@ def test_a_damaged_manifest_is_one_clear_line(tmp_path, content, says):
     with pytest.raises(StoreError, match=says) as raised:
         open_run(tmp_path / "run")
     assert "\n" not in str(raised.value) and "Restore it" in str(raised.value)
+
+
+def test_an_older_schema_is_one_clear_line(tmp_path):
+    record_steps(tmp_path / "run", range(1))
+    (tmp_path / "run" / "run.json").write_text('{"schema_version": 1}')
+    with pytest.raises(StoreError, match=r"schema version 1, of a version of mhpo that was never released.*again"):
+        open_run(tmp_path / "run")
+    with pytest.raises(StoreError, match="schema version 1"):
+        record_steps(tmp_path / "run", range(1, 2))
 
 
 def test_a_newer_schema_and_a_folder_that_is_no_run_are_refused(tmp_path):
@@ -140,5 +149,7 @@ def test_a_newer_schema_and_a_folder_that_is_no_run_are_refused(tmp_path):
 def test_a_manifest_without_hyperparameters_still_opens(tmp_path):
     record_steps(tmp_path / "run", range(1))
     for objective in ({"name": "mhpo"}, {}, None, {"name": "gspo", "hyperparameters": {"text": "x", "flag": True}}):
-        (tmp_path / "run" / "run.json").write_text(json.dumps({"schema_version": 1, "objective": objective}))
+        (tmp_path / "run" / "run.json").write_text(
+            json.dumps({"schema_version": SCHEMA_VERSION, "objective": objective})
+        )
         assert set(column(tmp_path / "run", "SELECT modulated_log_ratio FROM tokens")) == {None}

@@ -83,7 +83,7 @@ def test_the_newest_step_is_that_of_the_newest_attempt(tmp_path):
 DAMAGE = {
     "manifest": lambda run: (run / "run.json").write_text("{"),
     "deep manifest": lambda run: (run / "run.json").write_text("[" * 100_000),
-    "odd objective": lambda run: (run / "run.json").write_text('{"schema_version": 1, "objective": "mhpo"}'),
+    "odd objective": lambda run: (run / "run.json").write_text('{"schema_version": 2, "objective": "mhpo"}'),
     "newer": lambda run: (run / "run.json").write_text('{"schema_version": 99}'),
     "event": lambda run: next((run / "events").iterdir()).write_bytes(b"PAR1"),
     "rollup": lambda run: next((run / "rollup" / "hot").iterdir()).write_bytes(b""),
