@@ -28,7 +28,7 @@ class Terms:
         surrogate: J, the value that is maximised, reward units.
         gradient_multiplier: M = ∂J/∂logp_new ÷ advantage with stop-gradients frozen. Of a sequence-level objective it
             is the multiplier under the objective's canonical aggregation.
-        clamped: the ratio was too large for the dtype and was evaluated at the largest exponent it can hold.
+        clamped: the ratio does not fit the dtype of these terms; what does not is its largest finite value.
         modulated_log_ratio: ψ, nats (MHPO).
         hazard_positive, hazard_negative: the two parts of the cumulative hazard ζ, ≥ 0 (MHPO).
         survival_weight: exp(−ζ), in (0, 1] (MHPO).
