@@ -24,7 +24,7 @@ class Gspo(Objective):
     """s = exp(mean_t log r); J = min(s·A, clip(s, 1−eps_low, 1+eps_high)·A) at every token; M = s, or 0 if clipped.
 
     Args:
-        eps_low, eps_high: half-widths; bf16 and fp16 cannot represent them, the ratio is computed in float32.
+        eps_low, eps_high: half-widths; bf16 and fp16 cannot represent them, the ratio is computed in float64.
 
     Source: Zheng et al. 2025, arXiv 2507.18071; TRL `importance_sampling_level="sequence"`. verl 0.9.1 averages over
     tokens by default, which is `aggregation="token-mean"` here.
