@@ -84,6 +84,7 @@ def _table() -> list[Metric]:
         Metric("hazard_mean", "cumulative hazard ζ", "1", TOKEN_MEAN, "mean of ζ₊ + ζ₋", "arXiv 2603.16929"),
         Metric("hazard_positive_mean", "hazard of positive shifts ζ₊", "1", TOKEN_MEAN, "mean of (softplus(ψ)/λ₊)^k₊", "arXiv 2603.16929"),
         Metric("hazard_negative_mean", "hazard of negative shifts ζ₋", "1", TOKEN_MEAN, "mean of (softplus(−ψ)/λ₋)^k₋", "arXiv 2603.16929"),
+        Metric("modulated_log_ratio_mean", "modulated log-ratio ψ", "nats", TOKEN_MEAN, "mean of c·tanh(log r / c)", "arXiv 2603.16929"),
         Metric("survival_weight_mean", "survival weight", "1", TOKEN_MEAN, "mean of exp(−ζ)", "arXiv 2603.16929"),
         Metric("gradient_multiplier_mean", "gradient multiplier M", "1", TOKEN_MEAN, "mean of ∂J/∂logp_new ÷ A over tokens with A ≠ 0"),
         Metric("ess_fraction", "effective sample size", "share of tokens", FROM_SUMS, "(Σr)² / Σr² / n", "Kong 1992"),

@@ -16,14 +16,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def require_number(
-    objective: Objective, name: str, *, low: float = -math.inf, above: float = -math.inf, below: float = math.inf
-) -> None:
-    """Raise ObjectiveError unless the hyperparameter is finite, ≥ low, > above and < below."""
+def require_number(objective: Objective, name: str, *, low: float = -math.inf, above: float = -math.inf) -> None:
+    """Raise ObjectiveError unless the hyperparameter is finite, ≥ low and > above."""
     value = getattr(objective, name)
-    if is_number(value) and math.isfinite(value) and low <= value and above < value < below:
+    if is_number(value) and math.isfinite(value) and low <= value and above < value:
         return
-    bounds = [f"{sign} {limit:g}" for sign, limit in (("≥", low), (">", above), ("<", below)) if math.isfinite(limit)]
+    bounds = [f"{sign} {limit:g}" for sign, limit in (("≥", low), (">", above)) if math.isfinite(limit)]
     raise ObjectiveError(
         f"{objective.name}: {name} = {value!r}, allowed are finite numbers{' ' if bounds else ''}"
         f"{' and '.join(bounds)}. Change it in [objective]."

@@ -87,17 +87,15 @@ class OffPolicyMask(SequenceMask):
 
 
 @dataclass(frozen=True)
-class TrustRegionMaxK2(SequenceMask):
-    """TRM: drops a sequence whose largest (log r)²/2 exceeds threshold.
+class TrustRegionMask(SequenceMask):
+    """TRM: drops a sequence whose divergence, estimated from its sampled tokens, exceeds threshold.
 
     Args:
         base: see Wrapper; without a bound of its own by default, the mask is the bound.
         threshold: nats, ≥ 0.
 
-    Source: arXiv 2512.23075, whose own criterion is the true token KL or TV; verl 0.9.1 `seq_max_k2`.
+    Source: arXiv 2512.23075, whose own criterion is the true token KL or TV; verl 0.9.1 `seq_max_k2`, `seq_mean_k3`.
     """
-
-    name: ClassVar[str] = "trm_max_k2"
 
     base: Objective = field(default_factory=ImportanceSampling)
     threshold: float = 0.3
@@ -107,34 +105,34 @@ class TrustRegionMaxK2(SequenceMask):
         require_number(self, "threshold", low=0)
 
     def keeps(self, tokens: Tokens) -> Tensor:
-        # compared as |log r|, whose square could overflow
-        largest = tokens.log_ratio.abs().amax(dim=1, keepdim=True)
-        return ~(largest > math.sqrt(2 * self.threshold)).expand_as(tokens.log_ratio)
+        return ~(self.divergence(tokens) > self.threshold)
+
+    @abstractmethod
+    def divergence(self, tokens: Tokens) -> Tensor:
+        """(B, T), nats, the sequence's at each of its positions."""
 
 
 @dataclass(frozen=True)
-class TrustRegionMeanK3(SequenceMask):
-    """TRM: drops a sequence whose mean of r − 1 − log r exceeds threshold.
+class TrustRegionMaxK2(TrustRegionMask):
+    """TRM by the largest (log r)²/2 of the sequence."""
 
-    Args:
-        base: see Wrapper; without a bound of its own by default, the mask is the bound.
-        threshold: nats, ≥ 0.
+    name: ClassVar[str] = "trm_max_k2"
 
-    Source: arXiv 2512.23075, whose own criterion is the true token KL or TV; verl 0.9.1 `seq_mean_k3`.
-    """
+    def divergence(self, tokens: Tokens) -> Tensor:
+        k2 = tokens.log_ratio.square() / 2
+        return k2.amax(dim=1, keepdim=True).expand_as(k2)
+
+
+@dataclass(frozen=True)
+class TrustRegionMeanK3(TrustRegionMask):
+    """TRM by the mean of r − 1 − log r over the sequence."""
 
     name: ClassVar[str] = "trm_mean_k3"
 
-    base: Objective = field(default_factory=ImportanceSampling)
     threshold: float = 0.12
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number(self, "threshold", low=0)
-
-    def keeps(self, tokens: Tokens) -> Tensor:
-        k3 = torch.expm1(tokens.exponent) - tokens.log_ratio
-        return ~(tokens.sequence_mean(k3) > self.threshold)
+    def divergence(self, tokens: Tokens) -> Tensor:
+        return tokens.sequence_mean(torch.expm1(tokens.exponent) - tokens.log_ratio)
 
 
 @dataclass(frozen=True)

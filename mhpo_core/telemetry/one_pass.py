@@ -43,8 +43,8 @@ def accumulate(batch: TokenBatch, objective: Objective, *, compiled: bool = Fals
     them in float64 always, which differs only where a multiplier leaves the float32 range.
 
     Args:
-        compiled: run the pass through torch.compile: one or two kernels in place of some two hundred, after several
-            seconds for the first batch of a shape. Pays on CUDA and for long runs of large batches on a CPU.
+        compiled: run the pass through torch.compile, whose first batch takes half a minute and more and needs a C++
+            compiler. On a CPU it pays from about ten thousand tokens; on CUDA it has not been measured.
     """
     on_policy = objective.on_policy_multiplier
     run = _compiled() if compiled else _reduce
@@ -66,7 +66,7 @@ class _Reduced(NamedTuple):
     outliers: tuple[Tensor, Tensor]
 
     def accumulators(self, n_rows: int) -> Accumulators:
-        # outside of what torch.compile sees: its scatter on a CPU is eight times slower than torch's own
+        # torch's own scatter, outside of what torch.compile sees
         return Accumulators(self.names, *self.vectors, *_fill(self.slots), *self.outliers, n_rows)
 
 
@@ -76,7 +76,7 @@ def _compiled() -> Callable[..., _Reduced]:
 
 
 def _reduce(batch: TokenBatch, objective: Objective, on_policy: float) -> _Reduced:
-    # in the dtype of the result: a third faster than float64, and the statistics need no more
+    # in the dtype of the result, which is enough for statistics
     terms = objective.rounded_terms(Tokens.of(batch, Tokens.result_dtype_of(batch)))
     return _reduce_terms(batch, terms, logit_gradient_norm(batch, terms), on_policy)
 
@@ -140,7 +140,7 @@ class _Reductions:
 
 
 def _number(flags: Tensor) -> Tensor:
-    # 32 bits per row and 64 across them
+    # 32 bits per row and 64 across them; 64 throughout is five times slower on a CPU
     return flags.sum(dim=1, dtype=torch.int32).sum(dtype=torch.int64)
 
 

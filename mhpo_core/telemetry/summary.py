@@ -18,8 +18,8 @@ _LEVELS = np.array(list(QUANTILE_LEVELS.values()))
 # metric → name under which its sum and its number of tokens are accumulated
 _MEANS = (
     "gradient_multiplier_mean", "logit_grad_norm_mean", "restoring_lost_fraction", "hazard_mean",
-    "hazard_positive_mean", "hazard_negative_mean", "survival_weight_mean", "clip_fraction_low", "clip_fraction_high",
-    "out_of_range_fraction", "entropy_mean",
+    "hazard_positive_mean", "hazard_negative_mean", "survival_weight_mean", "modulated_log_ratio_mean",
+    "clip_fraction_low", "clip_fraction_high", "out_of_range_fraction", "entropy_mean",
 )  # fmt: skip
 _COUNTS = (
     "n_tokens",

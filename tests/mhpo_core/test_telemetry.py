@@ -18,8 +18,8 @@ from mhpo_core.telemetry import measure
 
 MEAN_OF_TERM = {
     "hazard_mean": "hazard", "hazard_positive_mean": "hazard_positive", "hazard_negative_mean": "hazard_negative",
-    "survival_weight_mean": "survival_weight", "clip_fraction_low": "clipped_low",
-    "clip_fraction_high": "clipped_high", "out_of_range_fraction": "out_of_range",
+    "survival_weight_mean": "survival_weight", "modulated_log_ratio_mean": "modulated_log_ratio",
+    "clip_fraction_low": "clipped_low", "clip_fraction_high": "clipped_high", "out_of_range_fraction": "out_of_range",
 }  # fmt: skip
 BAD = (math.nan, math.inf, -math.inf)
 
@@ -258,7 +258,7 @@ def test_what_has_no_input_is_none(random_batch):
     none = {name for name, value in found.items() if value is None}
     assert found["logit_grad_norm_exact_count"] == 0
     mismatch = {name for name in METRICS if name.startswith("mismatch_")}
-    assert none == mismatch | {n for n in METRICS if n.startswith(("hazard", "survival"))} | {
+    assert none == mismatch | {n for n in METRICS if n.startswith(("hazard", "survival", "modulated"))} | {
         "kl_rollout_old_k3", "entropy_mean",
     }  # fmt: skip
     assert {n for n, v in scalars_of(batch, "mhpo").items() if v is None} == mismatch | {

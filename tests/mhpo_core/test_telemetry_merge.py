@@ -19,9 +19,10 @@ from mhpo_core.metrics import QUANTILE_LEVELS
 from mhpo_core.objectives import OBJECTIVES
 from mhpo_core.telemetry import accumulate, measure, merge, scalars_of
 from mhpo_core.telemetry.accumulators import OUTLIERS
+from mhpo_core.telemetry.one_pass import _largest
 
-# operators that hand a value or a data-dependent shape to the host
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "index.Tensor_out", "is_nonzero")
+# operators that hand a value or a data-dependent shape to the host; indexing does with a Boolean mask
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "index by bool")
 # whole sequences stay together in any split
 EXACT = ("counts", "minima", "maxima", "bin_count", "bin_advantage")
 
@@ -92,8 +93,8 @@ def test_scalars_of_the_sums_are_those_of_the_exact_pass(name, random_batch):
             assert found[metric] is None, metric
         elif not by_bins:
             assert found[metric] == pytest.approx(value, rel=1e-9, abs=1e-12, nan_ok=True), metric
-        else:  # within a bin, 1/8 of the value, and the spacing of the neighbouring tokens
-            assert found[metric] == pytest.approx(value, rel=0.3, abs=0.1), metric
+        else:  # within a bin, 1/8 of the value, and the spacing of neighbouring tokens
+            assert found[metric] == pytest.approx(value, rel=0.15, abs=0.05), metric
 
 
 def test_merged_numbers_of_a_narrow_shift_and_of_infinite_ratios():
@@ -116,8 +117,26 @@ class _Watched(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
+        indices = args[1] if "index" in str(func) and len(args) > 1 and isinstance(args[1], list | tuple) else []
+        masked = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+        self.names.append("index by bool" if masked else str(func))
         return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_every_way_of_reading_back():
+    values, mask = torch.arange(4.0), torch.tensor([True, False, True, True])
+    for reads in (values.sum().item, lambda: values[mask], mask.nonzero, lambda: bool(mask.any()), values.unique):
+        with _Watched() as watched:
+            reads()
+        assert any(word in n for n in watched.names for word in WAITING), watched.names
+
+
+@pytest.mark.parametrize("n", [131_072, 131_073, 400_001])
+def test_the_largest_of_a_long_vector_are_found_by_blocks(n):
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    values[-1] = 99.0
+    found, place = _largest(values, OUTLIERS)
+    assert torch.equal(found, values.topk(OUTLIERS).values) and torch.equal(values[place], found)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
