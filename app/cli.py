@@ -14,6 +14,10 @@ COMMANDS = {
     "train": "train, and record every optimizer step",
     "dash": "serve the dashboard over a folder of runs",
     "runs": "list the runs of a folder",
+    "sql": "query a run with read-only SQL",
+    "verify": "check every file of a run",
+    "compact": "merge the files of a run into fewer, larger ones; also upgrades an older store",
+    "pin": "keep all tokens of the last steps for good",
 }
 _BAD_INPUT = 2
 

@@ -5,20 +5,32 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import duckdb
+import pyarrow as pa
 
 from app.figures.board import LIVE_METRICS, board
-from app.text import visible
+from app.text import human_bytes, visible
 from app.theme import PALETTES
+from collectors.bins import Bins
 from collectors.layout import is_run
+from collectors.listing import run_size
+from collectors.retention import pin_ring
+from collectors.storage import LocalStorage
 from collectors.tail import RunTail
+from collectors.window import Window
 from mhpo_core.errors import StoreError
 
 # Nothing new for this long, and for ten times the usual pause between steps, is worth a warning.
 STALE_SECONDS = 30.0
+
+DISK_SECONDS = 5.0
+MAX_COLUMNS = 2000
+"""Of a zoomed window; more cannot be told apart on a screen."""
+
+_PAYLOADS = 8  # kept for viewers that look at different windows
 
 
 class LiveRun:
@@ -28,19 +40,31 @@ class LiveRun:
         self._path = path
         self._tail: RunTail | None = None
         self._lock = threading.Lock()
-        self._built: dict[str, tuple[Any, str]] = {}
+        self._built: OrderedDict[object, tuple[Any, str]] = OrderedDict()
+        self._size = (-DISK_SECONDS, 0)
 
-    def payload(self, window: str) -> str:
+    def payload(self, window: str, steps: tuple[int, int] | None = None) -> str:
         """The board's data as JSON; the same text object until something changed.
 
         Args:
             window: "all", or one of collectors.tail.RECENT.
+            steps: first and last step that the reader has zoomed to; they are then drawn in finer columns.
         """
         with self._lock:
             try:
-                return self._payload(window)
-            except (StoreError, duckdb.Error, OSError) as error:
+                return self._payload(window, steps)
+            except (StoreError, pa.ArrowException, OSError) as error:
                 return _message("critical", "unreadable", visible(str(error).splitlines()[0], 300))
+
+    def pin(self) -> str:
+        """Keep the ring for good; returns a sentence that says which steps."""
+        try:
+            pinned = pin_ring(LocalStorage(self._path))
+        except OSError as error:
+            return f"The steps cannot be kept: {visible(str(error.strerror or error), 200)}."
+        if not pinned:
+            return "There is nothing to keep: all tokens of this run are kept, or its ring is empty."
+        return f"All tokens of steps {min(f.first for f in pinned):,} to {max(f.last for f in pinned):,} are kept."
 
     def close(self) -> None:
         """Release the store; the follower is of no use afterwards."""
@@ -48,27 +72,38 @@ class LiveRun:
             if self._tail is not None:
                 self._tail.close()
 
-    def _payload(self, window: str) -> str:
+    def _payload(self, window: str, steps: tuple[int, int] | None) -> str:
         if self._tail is None:
             if not is_run(self._path):
                 return _message("idle", "waiting", f"Waiting for {visible(self._path.name)} to begin.")
             self._tail = RunTail(self._path, LIVE_METRICS)
         tail = self._tail
         tail.poll()
-        stale = _is_stale(tail)
-        key = (tail.version, stale)
-        if window not in self._built or self._built[window][0] != key:
-            self._built[window] = (key, json.dumps(_content(tail, window, stale)))
-        return self._built[window][1]
+        stale, size = _is_stale(tail), self._disk_size()
+        if tail.windows[window].width <= int(tail.manifest.get("updates_per_iteration") or 1):
+            steps = None  # drawn as finely as it can be
+        version, place = (tail.version, stale, size), (window, steps)
+        if place not in self._built or self._built[place][0] != version:
+            drawn = tail.windows[window] if steps is None else tail.zoom(*steps, max_points=MAX_COLUMNS)
+            self._built[place] = (version, json.dumps(_content(tail, window, drawn, stale, size)))
+        self._built.move_to_end(place)
+        while len(self._built) > _PAYLOADS:
+            self._built.popitem(last=False)
+        return self._built[place][1]
+
+    def _disk_size(self) -> int:
+        """Bytes of the run, counted again every few seconds."""
+        if time.monotonic() - self._size[0] >= DISK_SECONDS:
+            self._size = (time.monotonic(), run_size(self._path))
+        return self._size[1]
 
 
-def _content(tail: RunTail, window: str, stale: bool) -> dict[str, Any]:
+def _content(tail: RunTail, window: str, drawn: Window | Bins, stale: bool, size: int) -> dict[str, Any]:
     with tail.locked():
-        drawn = tail.windows[window]
         manifest = tail.manifest
         level, text = _banner(tail, stale)
         return {
-            "run": tail.run.name,
+            "run": tail.name,
             "window": window,
             "version": tail.version,
             "state": tail.state.name,
@@ -76,10 +111,19 @@ def _content(tail: RunTail, window: str, stale: bool) -> dict[str, Any]:
             "banner": text,
             "step": None if tail.last is None else tail.last.step,
             "wall_time": None if tail.last is None else tail.last.wall_time,
-            "tiles": _tiles(tail),
+            "tiles": [*_tiles(tail), _disk_tile(manifest, size)],
             "figure": board(drawn, manifest.get("on_policy") or {}, _objective(tail)) if drawn.size else None,
             "palettes": PALETTES,
         }
+
+
+def _disk_tile(manifest: dict[str, Any], size: int) -> dict[str, str]:
+    limit = (manifest.get("store") or {}).get("disk_limit")
+    known = isinstance(limit, int | float) and not isinstance(limit, bool)
+    return {
+        "name": "disk", "label": "On disk", "value": human_bytes(size),
+        "note": f"of {human_bytes(int(limit))}" if known else "no limit",
+    }  # fmt: skip
 
 
 def _message(level: str, state: str, text: str) -> str:
@@ -118,6 +162,9 @@ def _banner(tail: RunTail, stale: bool) -> tuple[str, str]:
     if tail.last is None:
         phase = f"{tail.state.phase.replace('_', ' ')}: {detail}" if tail.state.phase else ""
         return "idle", f"Running, no step yet. {visible(phase)}".strip()
+    if tail.damaged:
+        n = len(tail.damaged)
+        return "warning", f"{n} damaged file{'s' if n > 1 else ''}, left out here; `mhpo verify` names the steps."
     if stale:
         return "warning", "No new step for a while, though the process is alive. The board shows the last one."
     return "ok", ""
@@ -137,7 +184,7 @@ def _tiles(tail: RunTail) -> list[dict[str, str]]:
         {"name": "age", "label": "Newest data", "value": "–", "note": ""},
         {
             "name": "recorder", "label": "Recorder", "value": "–" if share is None else f"{100 * share:.2f} %",
-            "note": "of step time",
+            "note": "of step",
         },
     ]  # fmt: skip
     numbers = {} if last is None else last.metrics

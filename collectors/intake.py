@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from collectors.packing import Packed
 from collectors.schema import StepScalars, utf8
 from mhpo_core.batch import Sequences, TokenBatch
 from mhpo_core.errors import BatchError
@@ -28,14 +29,23 @@ _ALWAYS_KNOWN = ("sequence_id", "group_id")
 
 
 def owned_batch(batch: TokenBatch) -> TokenBatch:
-    """A copy on the CPU that shares nothing with the trainer; one transfer for all floating-point fields."""
+    """A copy on the CPU that shares nothing with the trainer; from a device one transfer for all its floats."""
     present = {f.name: getattr(batch, f.name).detach() for f in fields(batch) if getattr(batch, f.name) is not None}
     floats = {n: t for n, t in present.items() if t.is_floating_point()}
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats.values()) else torch.float32
-    stacked = torch.stack([t.to(dtype) for t in floats.values()]).cpu()
-    copied = dict(zip(floats, stacked, strict=True))
+    if batch.mask.device.type == "cpu":
+        # pieces of this size are memory that was used before; one large piece would be new pages each time
+        copied = {name: _copy(values, dtype) for name, values in floats.items()}
+    else:
+        copied = dict(zip(floats, torch.stack([t.to(dtype) for t in floats.values()]).cpu(), strict=True))
     copied |= {n: t.cpu().clone() for n, t in present.items() if n not in floats}
     return TokenBatch(**copied)
+
+
+def _copy(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if values.stride(1) == 0:  # one value per sequence
+        return values[:, :1].to(dtype, copy=True).expand(values.shape)
+    return values.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def owned_sequences(sequences: Sequences, reward: Tensor | Sequence[float] | None, n_sequences: int) -> Sequences:
@@ -122,3 +132,28 @@ def sequence_scalars(sequences: Sequences) -> dict[str, Scalar]:
             np.maximum.at(high, group, reward)
         scalars |= {"n_groups": len(low), "zero_std_groups": int((low == high).sum())}
     return scalars
+
+
+def sequence_sums(sequences: Sequences) -> dict[str, float]:
+    """What a rank adds to the sequence metrics of a step of several ranks."""
+    sums: dict[str, float] = {}
+    if sequences.truncated is not None:
+        sums |= {
+            "sequences": len(sequences.truncated),
+            "truncated": float(np.sum(np.asarray(sequences.truncated, bool))),
+        }
+    if sequences.reward is not None:
+        reward = np.asarray(sequences.reward, dtype=np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            sums |= {
+                "rewards": len(reward), "reward": float(reward.sum()), "reward_squared": float((reward**2).sum()),
+            }  # fmt: skip
+    return sums
+
+
+def batch_bytes(batch: TokenBatch | Packed) -> int:
+    """Memory of a batch."""
+    if isinstance(batch, Packed):
+        return batch_bytes(batch.batch) + int(batch.row.nbytes + batch.position.nbytes)
+    present = (getattr(batch, f.name) for f in fields(batch))
+    return sum(t.numel() * t.element_size() for t in present if isinstance(t, Tensor))

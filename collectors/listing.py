@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import duckdb
+import pyarrow as pa
 
 from collectors import layout
+from collectors.encoding import read_rows
+from collectors.layout import EventFile, StepFile
 from collectors.state import RunState, run_state
-from collectors.views import read_parquet
+from collectors.storage import Storage, open_storage
 from mhpo_core.errors import StoreError
 
 
@@ -69,36 +73,47 @@ def _written(run: Path) -> float:
 
 def list_runs(folder: Path) -> list[RunSummary]:
     """Every run of the folder, newest first; a damaged one is listed with its problem."""
-    connection = duckdb.connect(":memory:")
-    try:
-        return [_summary(path, connection) for path in run_folders(folder)]
-    finally:
-        connection.close()
+    return [_summary(path) for path in run_folders(folder)]
 
 
-def _summary(path: Path, connection: duckdb.DuckDBPyConnection) -> RunSummary:
+def _summary(path: Path) -> RunSummary:
     state = RunState("unreadable", "", "")
     try:
-        manifest = layout.read_manifest(path)
-        state = run_state(path, connection)
-        files = layout.list_table(path, layout.ROLLUP)
+        storage = open_storage(path)
+        manifest = layout.read_manifest(storage)
+        state = run_state(storage)
+        damaged: list[StepFile] = []
+        files = layout.list_table(storage, layout.ROLLUP, damaged)
         objective = str((manifest.get("objective") or {}).get("name", ""))
-        size = _size(path)
-        if not files:
-            return RunSummary(path.name, path, state, objective=objective, size=size)
-        newest = max(files, key=lambda f: (f.attempt, f.last))
-        row = connection.execute(
-            "SELECT step, wall_time, reward_mean, nonfinite_count > 0 OR NOT isfinite(coalesce(loss, 0)) "
-            f"FROM {read_parquet([newest.path])} ORDER BY step DESC LIMIT 1"
-        ).fetchone()
-        assert row is not None
-        health = "non-finite" if row[3] else "ok"
-        return RunSummary(path.name, path, state, health, objective, row[0], row[1], row[2], size)
-    except (StoreError, duckdb.Error, OSError) as error:
+        size = run_size(path)
+        events: list[EventFile] = []
+        layout.list_events(storage, events)
+        odd_files = len(damaged) + len(events)
+        problem = f"{odd_files} damaged files, see `mhpo verify`" if odd_files else ""
+        row = _newest_row(storage, files)
+        if row is None:
+            return RunSummary(path.name, path, state, objective=objective, size=size, problem=problem)
+        loss = row["loss"]
+        odd = (row["nonfinite_count"] or 0) > 0 or (loss is not None and not math.isfinite(loss))
+        health = "non-finite" if odd else "ok"
+        return RunSummary(
+            path.name, path, state, health, objective, row["step"], row["wall_time"], row["reward_mean"], size, problem
+        )
+    except (StoreError, pa.ArrowException, OSError) as error:
         return RunSummary(path.name, path, state, problem=str(error).splitlines()[0])
 
 
-def _size(path: Path) -> int:
+def _newest_row(storage: Storage, files: list[StepFile]) -> dict[str, Any] | None:
+    if not files:
+        return None
+    newest = max(files, key=lambda f: (f.attempt, f.last, -f.rank))
+    columns = ["step", "wall_time", "reward_mean", "nonfinite_count", "loss"]
+    rows: list[dict[str, Any]] = read_rows(storage.read(newest.name), columns).to_pylist()
+    return max(rows, key=lambda row: row["step"])
+
+
+def run_size(path: Path) -> int:
+    """Bytes of all files of a run folder."""
     total = 0
     for root, _, names in os.walk(path):
         for name in names:

@@ -1,4 +1,4 @@
-"""Recorder: the training thread hands a step over and goes on; a writer thread measures, encodes and commits it."""
+"""Recorder: the training thread hands a step over and goes on; other threads measure, encode and commit it."""
 
 from __future__ import annotations
 
@@ -6,78 +6,74 @@ import atexit
 import logging
 import os
 import platform
-import queue
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collectors import layout, schema
-from collectors.intake import owned_batch, owned_sequences, sequence_scalars, trainer_scalars
-from collectors.schema import StepKey, StepScalars
-from collectors.store import StoreWriter
+from collectors.formulas import derivation
+from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, trainer_scalars
+from collectors.packing import Packed, pack
+from collectors.pipeline import Pipeline, Step
+from collectors.policy import TokenPolicy, parse_bytes
+from collectors.retention import PIN_AFTER
+from collectors.schema import StepKey
+from collectors.storage import Storage, open_storage
+from collectors.store import FSYNC, StoreWriter
+from collectors.token_rows import COMPACT, EXACT, FULL, MINIMAL, TokenColumns
+from collectors.writers import launch_of
 from mhpo_core import objectives
 from mhpo_core.batch import Sequences, TokenBatch
 from mhpo_core.errors import BatchError, StoreError
 from mhpo_core.gradients import GradientNorms
 from mhpo_core.objectives import Objective
-from mhpo_core.telemetry import Scalar, StepTelemetry, measure
 
 _LOG = logging.getLogger(__name__)
 
-# Steps that may wait with all their tokens; beyond it only their summaries wait, beyond the second they are dropped.
-TOKENS_MAY_WAIT = 32
-SUMMARIES_MAY_WAIT = 1024
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step on its way to the writer thread, all tensors owned by it and on the CPU."""
-
-    key: StepKey
-    wall_time: float
-    batch: TokenBatch | None
-    sequences: Sequences
-    sequence_id: NDArray[np.int64]
-    trainer: StepScalars
-    telemetry: StepTelemetry | None
-    scalars: dict[str, Scalar]
-
-
-@dataclass(frozen=True)
-class _Event:
-    kind: str
-    detail: str
+DISK_LIMIT = "4GB"
 
 
 class Recorder:
     """Writes the telemetry of a training run into a run folder. Implements `mhpo_core.sink.Sink`.
 
-    `record` copies the step's tensors to the CPU and returns; everything else happens in one writer thread. If the
-    disk cannot keep up, tokens are dropped and counted before anything else is; training is never blocked and never
-    fails because of a disk.
+    `record` copies the step's tensors to the CPU and returns; everything else happens in two threads. If the disk
+    cannot keep up, tokens are dropped and counted before anything else is; training is never blocked and never fails
+    because of a disk. Every step has a row in `steps`, whatever happened to its tokens.
+
+    What a killed process loses is what waited: usually the step in hand. Everything that was committed is whole.
+    `close` writes what waits and waits for the disk; leaving the `with` block by an exception closes too.
 
     Args:
-        path: the run folder; created, or continued if it holds a run.
+        path: the run folder, or s3://bucket/folder; created, or continued if it holds a run.
         objective: the objective that trains, or its name.
         config: anything JSON that describes the run; stored in run.json.
         updates_per_iteration: optimizer steps per batch of rollouts; the dashboard then draws them as one column.
         vocabulary: token id → text, so that tokens can be read.
-        fsync: reach the disk at every commit; False is faster and survives a killed process but not a power cut.
+        tokens: which tokens are kept. "flight:K": all of the last K steps in a ring, and of every step a uniform sample
+            of 8 sequences, the 64 smallest and 64 largest log-ratios and non-finite tokens; the ring is kept for good
+            when tokens or the loss are non-finite, the process died or the run failed, or `pin` asks for it.
+            "sample:N": N sequences of every step. "all".
+        columns: "full", or "minimal", which leaves out columns that follow from others.
+        precision: "exact" float32, or "compact": 10 bits of mantissa, relative error ≤ 4.9e-4, about half the bytes.
+        disk_limit: bytes that the run may use on disk, such as "4GB"; None = no limit. Divided among the ranks.
+        fsync: when a commit reaches the disk: "step" (it survives a power cut), "seal" (only every 256th step does),
+            "never" (a killed process loses nothing, a power cut may). True and False are "step" and "never".
+        when_full: "drop" tokens when the disk cannot keep up, or let `record` "wait".
+        rank, world_size: of this process; default: those of torchrun (RANK, WORLD_SIZE), else one rank. Ranks write
+            side by side, each through a recorder of its own; readers merge them.
+        launch: name of this start of the job, the same on all ranks; default: torchrun's or Slurm's, or found out.
 
     Raises:
-        StoreError: the folder cannot be written, is no run, or has another live writer.
+        StoreError: the folder cannot be written, is no run, or another live recorder writes this rank; or an argument
+            is not one of those above.
         ObjectiveError: unknown objective.
     """
 
@@ -89,30 +85,73 @@ class Recorder:
         config: Mapping[str, Any] | None = None,
         updates_per_iteration: int = 1,
         vocabulary: Mapping[int, str] | None = None,
-        fsync: bool = True,
+        tokens: str = "flight",
+        columns: str = FULL,
+        precision: str = EXACT,
+        disk_limit: int | str | None = DISK_LIMIT,
+        fsync: str | bool = "step",
+        when_full: str = "drop",
+        rank: int | None = None,
+        world_size: int | None = None,
+        launch: str | None = None,
     ) -> None:
         self.objective = objectives.create(objective) if isinstance(objective, str) else objective
-        # a training script may change its working directory later
-        self.path = Path(path).absolute()
-        self._store = StoreWriter(self.path, self._manifest(config, updates_per_iteration), vocabulary, fsync=fsync)
-        self._attempt, self._last_step = self._store.attempt, self._store.last_step
+        what = TokenPolicy.parse(tokens)
+        _require("columns", columns, (FULL, MINIMAL))
+        _require("precision", precision, (EXACT, COMPACT))
+        _require("when_full", when_full, ("drop", "wait"))
+        fsync = {True: "step", False: "never"}.get(fsync, fsync) if isinstance(fsync, bool) else fsync
+        _require("fsync", fsync, FSYNC)
+        self.rank, self.world_size = _place_in_job(rank, world_size)
+        self.disk_limit = parse_bytes(disk_limit, "disk_limit", self.world_size)
+        storage = open_storage(path)
+        self.path: Path | str = storage.url if storage.local is None else storage.local
+        settings = {
+            "tokens": str(what), "columns": columns, "precision": precision, "disk_limit": self.disk_limit,
+        }  # fmt: skip
+        self._store = StoreWriter(
+            storage, self._manifest(storage, config, updates_per_iteration, settings), what=what, rank=self.rank,
+            world_size=self.world_size, vocabulary=vocabulary, fsync=str(fsync), launch=launch or launch_of(os.environ),
+            limit=None if self.disk_limit is None else self.disk_limit // self.world_size,
+        )  # fmt: skip
+        self._attempt: int | None = None
+        self._last_step = self._store.last_step
         self._sequences_seen = self._store.next_sequence_id
-        # steps that found no place in the queue, that could not be written, and those of both an event tells about
-        self._overflowed = self._unwritten = self._reported = 0
-        self._failure: Exception | None = None
-        self._queue: queue.SimpleQueue[_Step | _Event | None] = queue.SimpleQueue()
-        self._thread = _start_on_one_core(self._write_until_closed)
+        how = _stored_columns(self._store.manifest, self.objective)
+        self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait")
         self._closed = False
         atexit.register(self.close, "stopped", "the process exited without closing the recorder")
-        self.event("resumed" if self._store.resumed else "started", f"pid {os.getpid()} on {socket.gethostname()}")
+        self._say_how_it_starts(what)
 
-    def _manifest(self, config: Mapping[str, Any] | None, updates_per_iteration: int) -> dict[str, Any]:
+    def _say_how_it_starts(self, what: TokenPolicy) -> None:
+        resumed = self._store.resumed
+        if resumed:
+            self._pipeline.call(self._store.pin_what_a_dead_writer_left)
+            self._pipeline.call(self._store.seal_what_a_dead_writer_left)
+        rank = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        self.event("resumed" if resumed else "started", f"pid {os.getpid()} on {socket.gethostname()}{rank}")
+        _LOG.info("Recorder: %s", self.describe())
+
+    def describe(self) -> str:
+        """What will be kept and how much of the disk it may take, in one sentence."""
+        limit = "no limit on disk" if self.disk_limit is None else f"at most {self.disk_limit / 1e9:.3g} GB on disk"
+        stored = self._store.manifest.get("store") or {}
+        text = f"{self.path}: {limit}, tokens {stored.get('tokens')}, {stored.get('precision')} {stored.get('columns')}"
+        free = self._store.storage.free_bytes()
+        if free is not None and (self.disk_limit is None or free < self.disk_limit):
+            text += f"; only {free / 1e9:.3g} GB are free"
+        return text + "."
+
+    def _manifest(
+        self, storage: Storage, config: Mapping[str, Any] | None, updates: int, store: dict[str, Any]
+    ) -> dict[str, Any]:
         return {
-            "run_id": self.path.name,
+            "run_id": storage.url.rstrip("/").rsplit("/", 1)[-1] if storage.local is None else storage.local.name,
             "created": time.time(),
             "objective": {"name": self.objective.name, "hyperparameters": self.objective.hyperparameters()},
             "on_policy": self.objective.on_policy_terms(),
-            "updates_per_iteration": updates_per_iteration,
+            "updates_per_iteration": updates,
+            "store": store,
             "config": dict(config or {}),
             "environment": _environment(),
         }
@@ -153,29 +192,37 @@ class Recorder:
             )
         sequences = owned_sequences(sequences or Sequences(), reward, batch.n_sequences)
         trainer = trainer_scalars(loss, grad_norm, gradient_norms, metrics or {})
+        sequence_id = self._sequence_ids(sequences, batch.n_sequences)
         key = self._key_of(step)
-        waiting = self._queue.qsize()
-        if waiting >= SUMMARIES_MAY_WAIT:
-            self._overflowed += 1
-            return
-        owned = owned_batch(batch)
-        dropped, telemetry = 0, None
-        if waiting >= TOKENS_MAY_WAIT:
-            telemetry, dropped = measure(owned, self.objective), int(owned.mask.sum())
         scalars = sequence_scalars(sequences) | {
-            "loss": trainer.loss, "lr": trainer.metrics.get("lr"), "grad_norm": trainer.grad_norm,
-            "dropped_tokens": dropped,
+            "loss": trainer.loss, "lr": trainer.metrics.get("lr"), "grad_norm": trainer.grad_norm, "dropped_tokens": 0,
         }  # fmt: skip
-        item = _Step(
-            key, time.time(), None if dropped else owned, sequences, self._sequence_ids(sequences, batch.n_sequences),
-            trainer, telemetry, scalars,
-        )  # fmt: skip
+        owned = self._owned(batch) if self._pipeline.has_room(batch_bytes(batch)) else None
+        if owned is None:
+            scalars |= dict.fromkeys(("n_tokens", "dropped_tokens"), int(batch.mask.sum()))
+        item = Step(key, time.time(), owned, sequences, sequence_id, trainer, scalars)
         scalars["recorder_ms"] = (time.perf_counter() - began) * 1e3
-        self._queue.put(item)
+        self._pipeline.put(item)
+
+    def _owned(self, batch: TokenBatch) -> TokenBatch | Packed:
+        # a copy of everything is faster than picking, unless most of it is padding
+        mask = batch.mask
+        trained = np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else int(mask.sum())
+        padded = 2 * trained < mask.numel()
+        return pack(batch) if padded and self.objective.follows_from_ratio else owned_batch(batch)
 
     def event(self, kind: str, detail: str = "") -> None:
         """Note that something happened to the run."""
-        self._queue.put(_Event(kind, detail))
+        self._pipeline.event(kind, detail)
+
+    def pin(self, reason: str, after: int = PIN_AFTER) -> None:
+        """Keep all tokens of the steps in the ring, and of the next `after` steps, for good."""
+        step = self._last_step
+        self._pipeline.call(lambda: self._store.pin(reason, step, after))
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything handed over so far is written; False after `timeout` seconds or if the disk refuses."""
+        return self._pipeline.flush(timeout)
 
     def close(self, kind: str = "finished", detail: str = "") -> None:
         """Write everything that waits, note how the run ended, give the folder back. Later calls do nothing."""
@@ -183,9 +230,9 @@ class Recorder:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self.event(kind, detail)
-        self._queue.put(None)
-        self._thread.join()
+        if kind == "failed":
+            self.pin(detail or "the run failed")
+        self._pipeline.close(kind, detail)
         self._store.close()
 
     def __enter__(self) -> Recorder:
@@ -206,83 +253,60 @@ class Recorder:
             raise BatchError(
                 f"Recorder.record: step is {step!r}, allowed are integers ≥ 0. Count optimizer steps from 0."
             )
-        if step <= self._last_step:
-            self._attempt += 1
-            self.event("rewound", f"from step {self._last_step} to step {step}, attempt {self._attempt}")
+        if self._attempt is None or step <= self._last_step:
+            before, self._attempt = self._store.last_attempt, self._begin_attempt(int(step))
+            if self._attempt > before:
+                # the steps that are given up are the ones that somebody will want to look at
+                self.pin(f"rewound from step {self._last_step} to step {step}", after=0)
+                self.event("rewound", f"from step {self._last_step} to step {step}, attempt {self._attempt}")
+            self._store.last_attempt = self._attempt
         self._last_step = int(step)
-        return StepKey(int(step), self._attempt)
+        self._store.attempts.saw(self._attempt, int(step))
+        return StepKey(int(step), self._attempt, self.rank)
+
+    def _begin_attempt(self, step: int) -> int:
+        try:
+            return self._store.attempts.begin(step)
+        except OSError as error:  # the trainer must go on whatever happens to its telemetry
+            _LOG.warning("Recorder: %s cannot note that it begins at step %d (%s).", self.path, step, error)
+            return self._store.last_attempt + (step <= self._last_step)
 
     def _sequence_ids(self, sequences: Sequences, n_sequences: int) -> NDArray[np.int64]:
         if sequences.sequence_id is not None:
-            return np.asarray(sequences.sequence_id, dtype=np.int64)
+            try:
+                return np.asarray(sequences.sequence_id, dtype=np.int64)
+            except OverflowError:
+                raise BatchError(
+                    "Recorder.record: a sequence_id does not fit 64 bits, allowed are integers from −2⁶³ to 2⁶³ − 1. "
+                    "Number the sequences, or leave sequence_id out."
+                ) from None
         first, self._sequences_seen = self._sequences_seen, self._sequences_seen + n_sequences
         return np.arange(first, first + n_sequences, dtype=np.int64)
 
-    def _write_until_closed(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, _Event):
-                self._try(self._report_dropped)
-                self._try(self._store.event, item.kind, item.detail)
-            elif not self._try(self._commit, item):
-                self._unwritten += 1
-            elif self._queue.empty():
-                self._try(self._report_dropped)
-        self._try(self._store.seal)
 
-    def _report_dropped(self) -> None:
-        dropped = self._overflowed + self._unwritten
-        if dropped > self._reported:
-            why = f"writing failed: {self._failure}" if self._failure else "the disk could not keep up"
-            self._store.event("dropped", f"{dropped - self._reported} steps: {why}")
-            self._reported, self._failure = dropped, None
-
-    def _commit(self, item: _Step) -> None:
-        self._store.commit_step(item.key, self._tables(item))
-
-    def _tables(self, item: _Step) -> dict[str, Any]:
-        telemetry = item.telemetry
-        tables = {}
-        if item.batch is not None:
-            telemetry = measure(item.batch, self.objective)
-            tables[layout.TOKENS] = schema.token_table(item.key, item.batch, telemetry, item.sequence_id)
-            tables[layout.SEQUENCES] = schema.sequence_table(item.key, item.batch, item.sequences, item.sequence_id)
-        assert telemetry is not None
-        tables[layout.ROLLUP] = schema.rollup_table(
-            item.key, item.wall_time, telemetry.scalars | item.scalars, telemetry.histograms, item.trainer
+def _require(name: str, given: object, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise StoreError(
+            f"Recorder: {name} is {given!r}, allowed are {', '.join(map(repr, allowed))}. Give one of them."
         )
-        return tables
-
-    def _try(self, action: Callable[..., None], *arguments: Any) -> bool:
-        try:
-            action(*arguments)
-            return True
-        except Exception as error:  # the trainer must go on whatever happens to its telemetry
-            if self._failure is None:
-                _LOG.warning("Recorder: a step of %s could not be written (%s); training goes on.", self.path, error)
-            self._failure = error
-            return False
 
 
-def _start_on_one_core(work: Callable[[], None]) -> threading.Thread:
-    """A thread whose tensor operations use no second core.
+def _place_in_job(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    given = rank is not None or world_size is not None
+    rank = int(os.environ.get("RANK", 0)) if rank is None and not given else rank or 0
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None and not given else world_size or rank + 1
+    if not 0 <= rank < world_size <= 100_000:
+        raise StoreError(
+            f"Recorder: rank is {rank} and world_size {world_size}, allowed is 0 ≤ rank < world_size. Give both."
+        )
+    return rank, world_size
 
-    Otherwise OpenMP gives it a team of its own, whose threads spin on the cores that the trainer's team needs: on two
-    cores that cost a third of the trainer's speed, for 16 ms of work per step.
-    """
-    trainer_threads = torch.get_num_threads()
-    limited = threading.Event()
 
-    def run() -> None:
-        torch.get_num_threads()  # a thread takes the process's number at its first operation; take it now, then change
-        torch.set_num_threads(1)
-        limited.set()
-        work()
-
-    thread = threading.Thread(target=run, name="mhpo-recorder", daemon=True)
-    thread.start()
-    limited.wait()
-    torch.set_num_threads(trainer_threads)  # the number of the process, which the new thread has changed too
-    return thread
+def _stored_columns(manifest: Mapping[str, Any], objective: Objective) -> TokenColumns:
+    """As the run began: a store whose files differ in their columns could not be read as one table."""
+    stored = manifest.get("store") or {}
+    derived = derivation({"name": objective.name, "hyperparameters": objective.hyperparameters()}).columns
+    return TokenColumns(stored.get("columns", FULL), stored.get("precision", EXACT), frozenset(derived))
 
 
 def _environment() -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Arrow schemas of the physical tables, and how a step's numbers become their rows.
-
-Shape letters: B sequences, T response tokens, N trained tokens.
-"""
+"""Arrow schemas of the physical tables, and the rollup row of a step."""
 
 from __future__ import annotations
 
@@ -11,13 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from torch import Tensor
 
-from mhpo_core.batch import Sequences, TokenBatch
 from mhpo_core.gradients import GradientNorms
 from mhpo_core.histograms import EDGES
 from mhpo_core.metrics import METRICS
-from mhpo_core.telemetry import Histogram, Scalar, StepTelemetry
+from mhpo_core.telemetry import Histogram, Scalar
 
 _KEY = [("step", pa.int64()), ("attempt", pa.int32()), ("rank", pa.int32())]
 _KEY_TYPES = dict(_KEY)
@@ -33,35 +28,43 @@ GRADIENT = pa.struct(
 )
 TRAINER_METRIC = pa.struct([("name", pa.string()), ("value", pa.float64())])
 
+PART = pa.struct([("kind", pa.string()), ("name", pa.string()), ("value", pa.float64())])
+"""One count, sum or extreme of a rank's tokens, from which the ranks of a step are merged."""
+
 ROLLUP_SCHEMA = pa.schema(
     [
         *_KEY,
+        ("world_size", pa.int32()),
         ("wall_time", pa.float64()),
+        ("kept_tokens", pa.int64()),
+        ("ring_tokens", pa.int64()),
         *[(m.name, pa.int64() if m.integer else pa.float64()) for m in METRICS.values()],
         ("histograms", pa.list_(HISTOGRAM)),
         ("gradients", pa.list_(GRADIENT)),
         ("metrics", pa.list_(TRAINER_METRIC)),
+        ("parts", pa.list_(PART)),
     ]
 )
 
 TOKEN_FLOATS = (
-    "logp_new", "logp_old", "logp_rollout", "logp_ref", "advantage", "entropy", "log_ratio", "hazard_positive",
-    "hazard_negative", "gradient_multiplier", "logit_grad_norm",
+    "logp_old", "log_ratio", "logp_new", "logp_rollout", "mismatch", "logp_ref", "entropy", "hazard",
+    "gradient_multiplier", "logit_grad_norm",
 )  # fmt: skip
 TOKEN_SCHEMA = pa.schema(
     [
-        *_KEY,
+        *_KEY[:2],
         ("sequence_id", pa.int64()),
         ("position", pa.int32()),
         ("token_id", pa.int32()),
+        ("advantage", pa.float32()),
         *[(name, pa.float32()) for name in TOKEN_FLOATS],
         ("kept_because", pa.string()),
     ]
 )
-TOKEN_DICTIONARY = ["step", "attempt", "rank", "sequence_id", "advantage", "kept_because"]
-TOKEN_ENCODINGS = {"position": "DELTA_BINARY_PACKED", "token_id": "DELTA_BINARY_PACKED"} | {
-    name: "BYTE_STREAM_SPLIT" for name in TOKEN_FLOATS if name not in TOKEN_DICTIONARY
-}
+TOKEN_DICTIONARY = ["step", "attempt", "sequence_id", "advantage", "kept_because"]
+TOKEN_ENCODINGS = {"position": "DELTA_BINARY_PACKED", "token_id": "DELTA_BINARY_PACKED"} | dict.fromkeys(
+    TOKEN_FLOATS, "BYTE_STREAM_SPLIT"
+)
 
 SEQUENCE_SCHEMA = pa.schema(
     [
@@ -77,8 +80,17 @@ SEQUENCE_SCHEMA = pa.schema(
         ("completion", pa.string()),
     ]
 )
+TEXT_SCHEMA = pa.schema([*_KEY, *[(n, SEQUENCE_SCHEMA.field(n).type) for n in ("sequence_id", "prompt", "completion")]])
 
-EVENT_SCHEMA = pa.schema([("time", pa.float64()), ("kind", pa.string()), ("detail", pa.string())])
+EVENT_SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("rank", pa.int32()),
+        ("time", pa.float64()),
+        ("kind", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
 VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())])
 
 
@@ -89,16 +101,17 @@ def utf8(text: object) -> str:
 
 @dataclass(frozen=True)
 class StepKey:
-    """Which step, in which attempt at it; ranks other than 0 are not written yet."""
+    """Which step of which rank, in which attempt at it."""
 
     step: int
     attempt: int
     rank: int = 0
 
     def columns(self, n_rows: int) -> dict[str, pa.Array]:
-        """The key repeated for every row."""
+        """The key repeated for every row, as dictionaries of one entry, which cost nothing to encode."""
         values = {"step": self.step, "attempt": self.attempt, "rank": self.rank}
-        return {name: pa.repeat(pa.scalar(v, _KEY_TYPES[name]), n_rows) for name, v in values.items()}
+        zeros = pa.array(np.zeros(n_rows, np.int32))
+        return {n: pa.DictionaryArray.from_arrays(zeros, pa.array([v], _KEY_TYPES[n])) for n, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -112,62 +125,38 @@ class StepScalars:
 
 
 def rollup_table(
-    key: StepKey, wall_time: float, scalars: Mapping[str, Scalar], histograms: list[Histogram], trainer: StepScalars
+    key: StepKey,
+    given: Mapping[str, Scalar],
+    scalars: Mapping[str, Scalar],
+    histograms: list[Histogram],
+    trainer: StepScalars,
+    parts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> pa.Table:
-    """One row: every metric of METRICS (NULL where not computed), histograms, gradient norms, trainer metrics."""
-    row = {
-        "wall_time": wall_time,
+    """One row: every metric of METRICS (NULL where not computed), histograms, gradient norms, trainer metrics.
+
+    Args:
+        given: world_size, wall_time, kept_tokens, ring_tokens.
+        parts: kind → name → value of what ranks are merged from; None where there is one rank.
+    """
+    row: dict[str, object] = {
+        **given,
         **{name: scalars.get(name) for name in METRICS},
         "gradients": _gradient_rows(trainer.gradients),
         "metrics": [{"name": name, "value": float(v)} for name, v in trainer.metrics.items()],
+        "parts": _part_rows(parts) if parts is not None else None,
     }
     columns = {name: pa.array([value], ROLLUP_SCHEMA.field(name).type) for name, value in row.items()}
-    columns |= key.columns(1) | {"histograms": _histogram_column(histograms)}
+    columns |= {name: pa.array([getattr(key, name)], kind) for name, kind in _KEY}
+    columns["histograms"] = _histogram_column(histograms)
     return pa.table({name: columns[name] for name in ROLLUP_SCHEMA.names}, schema=ROLLUP_SCHEMA)
 
 
-def token_table(key: StepKey, batch: TokenBatch, telemetry: StepTelemetry, sequence_id: NDArray[np.int64]) -> pa.Table:
-    """One row per trained token, ordered by sequence and position; all tensors on the CPU."""
-    mask = batch.mask.numpy()
-    # the position counts response tokens, masked ones too, so that it points into the completion
-    row, position = np.nonzero(mask)
-    terms = telemetry.terms
-    tensors: dict[str, Tensor | None] = {
-        **{name: getattr(batch, name) for name in TOKEN_FLOATS[:6]},
-        "log_ratio": terms.log_ratio,
-        "hazard_positive": terms.hazard_positive,
-        "hazard_negative": terms.hazard_negative,
-        "gradient_multiplier": terms.gradient_multiplier,
-        "logit_grad_norm": telemetry.logit_grad_norm,
-    }
-    columns = key.columns(len(row))
-    columns["sequence_id"] = pa.array(sequence_id[row])
-    columns["position"] = pa.array(position.astype(np.int32))
-    columns["token_id"] = _picked(batch.token_id, mask, np.int32, pa.int32())
-    columns |= {name: _picked(values, mask, np.float32, pa.float32()) for name, values in tensors.items()}
-    columns["kept_because"] = pa.repeat(pa.scalar("all"), len(row))
-    return pa.table({name: columns[name] for name in TOKEN_SCHEMA.names}, schema=TOKEN_SCHEMA)
-
-
-def sequence_table(key: StepKey, batch: TokenBatch, sequences: Sequences, sequence_id: NDArray[np.int64]) -> pa.Table:
-    """One row per sequence, fully masked ones too; `advantage` is the mean over its trained tokens."""
-    mask = batch.mask.numpy()
-    length = mask.sum(axis=1)
-    advantage = np.where(mask, batch.advantage.double().numpy(), 0.0).sum(axis=1) / np.maximum(length, 1)
-    columns = key.columns(batch.n_sequences) | {
-        "sequence_id": pa.array(sequence_id),
-        "group_id": _column(sequences.group_id, pa.int64()),
-        "reward": _column(sequences.reward, pa.float64()),
-        "advantage": pa.array(advantage, mask=length == 0),
-        "length": pa.array(length.astype(np.int32)),
-        "truncated": _column(sequences.truncated, pa.bool_()),
-        "policy_lag": _column(sequences.policy_lag, pa.int32()),
-        "prompt": _column(sequences.prompt, pa.string()),
-        "completion": _column(sequences.completion, pa.string()),
-    }
-    n_rows = batch.n_sequences
-    filled = {n: pa.nulls(n_rows, SEQUENCE_SCHEMA.field(n).type) if c is None else c for n, c in columns.items()}
-    return pa.table({n: filled[n] for n in SEQUENCE_SCHEMA.names}, schema=SEQUENCE_SCHEMA)
+def _part_rows(parts: Mapping[str, Mapping[str, float]]) -> list[dict[str, object]]:
+    return [
+        {"kind": kind, "name": name, "value": float(value)}
+        for kind, values in parts.items()
+        for name, value in values.items()
+    ]
 
 
 def _histogram_column(histograms: list[Histogram]) -> pa.Array:
@@ -215,18 +204,3 @@ def _gradient_rows(norms: GradientNorms | None) -> list[dict[str, object]]:
         }
         for group, norm in norms.by_group.items()
     ]  # fmt: skip
-
-
-def _picked(values: Tensor | None, mask: NDArray[np.bool_], dtype: type, arrow: pa.DataType) -> pa.Array:
-    if values is None:
-        return pa.nulls(int(mask.sum()), arrow)
-    array = values.float() if values.is_floating_point() else values
-    # from_pandas=False keeps NaN a value; NULL means not computed
-    return pa.array(array.numpy()[mask].astype(dtype, copy=False), arrow, from_pandas=False)
-
-
-def _column(values: object, arrow: pa.DataType) -> pa.Array | None:
-    if values is None:
-        return None
-    listed = values.tolist() if hasattr(values, "tolist") else list(values)  # type: ignore[call-overload]
-    return pa.array(listed, arrow, from_pandas=False)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
-from pathlib import Path
-
-import duckdb
+from typing import Any
 
 from collectors import layout
-from collectors.lock import has_writer
-from collectors.views import read_parquet
+from collectors.events import read_event
+from collectors.layout import EventFile
+from collectors.storage import Storage
+from collectors.writers import has_writer
 
-_ENDS = {"finished": "finished", "stopped": "stopped", "failed": "failed"}
+_STARTS, _ENDS = ("started", "resumed"), ("finished", "stopped", "failed")
+_RANKS = re.compile(r"rank \d+ of (\d+)$")  # as Recorder says it when it starts
+_LOOKED_AT = 16  # newest events, in case the very newest is damaged
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class RunState:
 
     Args:
         name: running; finished, stopped (on purpose, before its end), failed (an exception ended it), killed (the
-            process died without a word).
+            process died without a word). A run on a bucket is running until it says otherwise.
         detail: text of the last event, untrusted.
         phase: kind of the last event.
     """
@@ -33,27 +37,56 @@ class RunState:
 class StateReader:
     """Reads a run's state again and again; the event files only when there is a new one."""
 
-    def __init__(self, run: Path, connection: duckdb.DuckDBPyConnection) -> None:
-        self._run, self._connection = run, connection
-        self._newest: list[str] = []
-        self._event = ("", "")
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._stamp: int | None = None
+        self._newest: list[EventFile] = []
+        self._event: dict[str, Any] = {"kind": "", "detail": ""}
+        self._known: dict[str, dict[str, Any] | None] = {}
+        self._end = "killed"
 
     def read(self) -> RunState:
         """The state now. The lock is asked first, since a writer ends with an event and then lets go."""
-        alive = has_writer(self._run)
-        # two processes' clocks can disagree by more than their events are apart, so the names alone do not decide
-        newest = sorted(str(p) for p in (self._run / layout.EVENTS).glob("e*.parquet"))[-4:]
-        if newest != self._newest:
-            self._event = self._read_newest(newest) if newest else ("", "")
-            self._newest = newest
-        kind, detail = self._event
-        return RunState("running" if alive else _ENDS.get(kind, "killed"), detail, kind)
+        alive = has_writer(self._storage)
+        self._read_events()
+        kind, detail = str(self._event["kind"]), str(self._event["detail"])
+        if alive is None:
+            alive = self._end == "killed"
+        return RunState("running" if alive else self._end, detail, kind)
 
-    def _read_newest(self, paths: list[str]) -> tuple[str, str]:
-        query = f"SELECT kind, detail FROM {read_parquet(paths)} ORDER BY time DESC LIMIT 1"
-        return self._connection.execute(query).fetchone() or ("", "")
+    def _read_events(self) -> None:
+        events = layout.list_events(self._storage)
+        if events == self._newest:
+            return
+        self._newest = events
+        self._event = next((e for f in reversed(events[-_LOOKED_AT:]) if (e := self._read(f))), self._event)
+        self._end = self._how_it_ended(events)
+
+    def _how_it_ended(self, events: list[EventFile]) -> str:
+        """The worst that the last events of the ranks of the last launch tell."""
+        last = {event.rank: event for event in events}
+        # what ranks of an earlier, larger job said last does not count
+        size = self._ranks_of_last_launch(events) if len(last) > 1 else math.inf
+        found = [self._read(event) for rank, event in last.items() if rank < size]
+        kinds = [str(row["kind"]) if row else "" for row in found]
+        if not kinds or any(kind not in _ENDS for kind in kinds):
+            return "killed"
+        return next(end for end in ("failed", "stopped", "finished") if end in kinds)
+
+    def _ranks_of_last_launch(self, events: list[EventFile]) -> int:
+        for event in reversed(events):
+            row = self._read(event)
+            if row and row["kind"] in _STARTS:
+                found = _RANKS.search(row["detail"])
+                return int(found[1]) if found else 1
+        return 1
+
+    def _read(self, event: EventFile) -> dict[str, Any] | None:
+        if event.name not in self._known:
+            self._known[event.name] = read_event(self._storage, event)
+        return self._known[event.name]
 
 
-def run_state(run: Path, connection: duckdb.DuckDBPyConnection) -> RunState:
+def run_state(storage: Storage) -> RunState:
     """State of a run that is looked at once."""
-    return StateReader(run, connection).read()
+    return StateReader(storage).read()

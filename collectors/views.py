@@ -7,17 +7,30 @@ from typing import Any
 
 import pyarrow as pa
 
-from collectors import layout
-from collectors.layout import StepFile
-from collectors.schema import EVENT_SCHEMA, ROLLUP_SCHEMA, SEQUENCE_SCHEMA, TOKEN_SCHEMA, VOCABULARY_SCHEMA
+from collectors.formulas import DERIVED, as_float, derivation
+from collectors.schema import (
+    EVENT_SCHEMA,
+    ROLLUP_SCHEMA,
+    SEQUENCE_SCHEMA,
+    TEXT_SCHEMA,
+    TOKEN_SCHEMA,
+    VOCABULARY_SCHEMA,
+)
+from collectors.token_rows import COMPACT, MINIMAL
 
 SCHEMAS = {
-    layout.ROLLUP: ROLLUP_SCHEMA,
-    layout.TOKENS: TOKEN_SCHEMA,
-    layout.SEQUENCES: SEQUENCE_SCHEMA,
-    layout.EVENTS: EVENT_SCHEMA,
-    layout.VOCABULARY: VOCABULARY_SCHEMA,
+    "raw_rollup": ROLLUP_SCHEMA,
+    "raw_tokens": TOKEN_SCHEMA,
+    "ring_tokens": TOKEN_SCHEMA,
+    "pinned_tokens": TOKEN_SCHEMA,
+    "raw_sequences": SEQUENCE_SCHEMA,
+    "raw_texts": TEXT_SCHEMA,
+    "raw_events": EVENT_SCHEMA,
+    "vocabulary": VOCABULARY_SCHEMA,
 }
+"""Relation over files → its columns."""
+
+PUBLIC = ("steps", "steps_all", "histograms", "tokens", "sequences", "gradients", "metrics", "events")
 
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -26,12 +39,7 @@ _TYPES = {
     pa.int64(): "BIGINT", pa.int32(): "INTEGER", pa.float64(): "DOUBLE", pa.float32(): "FLOAT",
     pa.string(): "VARCHAR", pa.bool_(): "BOOLEAN",
 }  # fmt: skip
-
-# ψ as SQL, for the objectives that have one; every {name} is a hyperparameter.
-_LFM = "{c} * tanh(log_ratio::DOUBLE / {c})"
-MODULATED_LOG_RATIO = {
-    "mhpo": _LFM, "mhpo_lfm_only": _LFM, "mhpo_no_stopgrad": _LFM, "mhpo_sa": _LFM, "mhpo_dhp_only": "log_ratio",
-}  # fmt: skip
+_NOT_SHOWN = "EXCLUDE (rank, histograms, gradients, metrics, parts)"
 
 
 def read_parquet(paths: list[str]) -> str:
@@ -41,61 +49,97 @@ def read_parquet(paths: list[str]) -> str:
     return "read_parquet([" + ", ".join(f"'{p}'" for p in escaped) + "], hive_partitioning = false)"
 
 
-def base_view(name: str, table: str, paths: list[str]) -> str:
-    """A view over exactly these files, typed and empty when there are none."""
-    if paths:
-        return f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM {read_parquet(paths)}"
-    columns = ", ".join(f"NULL::{_sql_type(f.type)} AS {f.name}" for f in SCHEMAS[table])
+def base_view(name: str, source: str | None) -> str:
+    """A view over a source, typed and empty where there is none."""
+    if source:
+        return f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM {source}"
+    columns = ", ".join(f"NULL::{_sql_type(f.type)} AS {f.name}" for f in SCHEMAS[name])
     return f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT {columns} WHERE false"
 
 
-def public_views(manifest: dict[str, Any], rollup: list[StepFile]) -> list[str]:
-    """The views a user queries, over raw_rollup, raw_tokens, raw_sequences, events and vocabulary."""
-    latest = _latest(rollup)
+def public_views(manifest: dict[str, Any], *, attempts: bool, ranks: bool) -> list[str]:
+    """The views a user queries, over the relations of SCHEMAS.
+
+    Args:
+        attempts: the run was rewound, so that only the latest attempt at a step counts.
+        ranks: rows of several ranks lie merged in the relation merged_rollup.
+    """
+    rollup = "merged_rollup" if ranks else "raw_rollup"
+    chosen = f"(SELECT step, max(attempt) AS attempt FROM {rollup} GROUP BY step)"
+    latest = f"SEMI JOIN {chosen} USING (step, attempt)" if attempts else ""
+    made = "CREATE OR REPLACE TEMP VIEW"
     return [
-        "CREATE OR REPLACE TEMP VIEW steps_all AS "
-        "SELECT * EXCLUDE (rank, histograms, gradients, metrics) FROM raw_rollup ORDER BY step, attempt",
-        f"CREATE OR REPLACE TEMP VIEW latest_rollup AS SELECT * FROM raw_rollup {latest}",
-        "CREATE OR REPLACE TEMP VIEW steps AS "
-        "SELECT * EXCLUDE (rank, histograms, gradients, metrics) FROM latest_rollup ORDER BY step",
-        "CREATE OR REPLACE TEMP VIEW histograms AS SELECT step, h.quantity, h.side, h.bin_low, h.bin_high, h.count, "
+        f"{made} steps_all AS SELECT * {_NOT_SHOWN} FROM {rollup} ORDER BY step, attempt",
+        f"{made} latest_rollup AS SELECT * FROM {rollup} {latest}",
+        f"{made} steps AS SELECT * {_NOT_SHOWN} FROM latest_rollup ORDER BY step",
+        f"{made} histograms AS SELECT step, h.quantity, h.side, h.bin_low, h.bin_high, h.count, "
         "h.weight, h.advantage_weight FROM (SELECT step, unnest(histograms) AS h FROM latest_rollup)",
-        "CREATE OR REPLACE TEMP VIEW gradients AS SELECT step, rank, g.parameter, g.grad_norm, g.weight_norm, "
-        "g.nonfinite FROM (SELECT step, rank, unnest(gradients) AS g FROM latest_rollup)",
-        "CREATE OR REPLACE TEMP VIEW metrics AS SELECT step, m.name, m.value "
-        "FROM (SELECT step, unnest(metrics) AS m FROM latest_rollup)",
+        f"{made} gradients AS SELECT step, rank, g.parameter, g.grad_norm, g.weight_norm, "
+        f"g.nonfinite FROM (SELECT step, rank, unnest(gradients) AS g FROM raw_rollup {latest})",
+        f"{made} metrics AS SELECT step, m.name, m.value FROM (SELECT step, unnest(metrics) AS m FROM latest_rollup)",
         _tokens_view(manifest, latest),
-        f"CREATE OR REPLACE TEMP VIEW sequences AS SELECT * EXCLUDE (attempt) FROM raw_sequences {latest}",
+        f"{made} sequences AS {_sequences(latest)}",
+        f"{made} events AS SELECT time, kind, detail FROM raw_events ORDER BY number, time",
     ]
 
 
+def _sequences(latest: str) -> str:
+    """Every sequence with its text, which lies apart while its step is in the ring."""
+    both = ", ".join(f"coalesce(s.{n}, t.{n}) AS {n}" for n in ("prompt", "completion"))
+    key = "step, attempt, rank, sequence_id"
+    return (
+        f"SELECT * EXCLUDE (attempt) FROM (SELECT s.* REPLACE ({both}) FROM raw_sequences AS s "
+        f"LEFT JOIN raw_texts AS t USING ({key})) {latest}"
+    )
+
+
 def _tokens_view(manifest: dict[str, Any], latest: str) -> str:
-    modulated = _modulated_log_ratio(manifest.get("objective") or {})
+    found = derivation(manifest.get("objective") or {})
+    source = f"SELECT * FROM ({_stored_tokens(manifest)}) {latest}"
+    for stage in found.stages:
+        source = f"SELECT *, {', '.join(f'{sql} AS {name}' for name, sql in stage.items())} FROM ({source})"
+    if found.hazard and (manifest.get("store") or {}).get("columns") == MINIMAL:
+        source = f"SELECT * REPLACE (coalesce(hazard, {as_float(found.hazard)}) AS hazard) FROM ({source})"
+    multiplier = found.columns.get("gradient_multiplier")
+    if multiplier:
+        source = f"SELECT *, {multiplier} AS _multiplier FROM ({source})"
+        source = f"SELECT * REPLACE ({as_float('_multiplier')} AS gradient_multiplier) FROM ({source})"
+    columns = ", ".join(
+        f"{as_float(found.columns[n]) if n in found.columns else 'NULL::FLOAT'} AS {n}" for n in DERIVED[:4]
+    )
     return f"""CREATE OR REPLACE TEMP VIEW tokens AS
         SELECT step, sequence_id, position, token_id, token, logp_new, logp_old, logp_rollout, logp_ref, advantage,
-            entropy, log_ratio, (hazard_positive + hazard_negative)::FLOAT AS hazard, hazard_positive, hazard_negative,
-            ({modulated})::FLOAT AS modulated_log_ratio,
-            exp(-(hazard_positive::DOUBLE + hazard_negative::DOUBLE))::FLOAT AS survival_weight,
-            gradient_multiplier, logit_grad_norm, kept_because
-        FROM (SELECT * FROM raw_tokens {latest}) LEFT JOIN vocabulary USING (token_id)"""
+            entropy, log_ratio, hazard, {columns}, gradient_multiplier,
+            coalesce(logit_grad_norm, {as_float("CASE WHEN _weight = 0 THEN 0 ELSE _weight * _miss END")})
+            AS logit_grad_norm, kept_because
+        FROM ({_with_norm(source)}) LEFT JOIN vocabulary USING (token_id)"""
 
 
-def _modulated_log_ratio(objective: dict[str, Any]) -> str:
-    given = objective.get("hyperparameters") or {}
-    if isinstance(given.get("base"), dict):  # an objective around another one
-        return _modulated_log_ratio({"name": given["base"].get("name"), "hyperparameters": given["base"]})
-    template = MODULATED_LOG_RATIO.get(str(objective.get("name")), "NULL")
-    try:
-        return template.format(**{k: f"{float(v)!r}::DOUBLE" for k, v in given.items() if _is_number(v)})
-    except KeyError:  # an imported run may not say with which hyperparameters it was made
-        return "NULL"
+def _with_norm(source: str) -> str:
+    """|A·M| and 1 − p, whose product is the token gradient norm where neither it nor Σp² was stored."""
+    # 1 − p by way of tanh keeps its digits for p near 1
+    miss = "CASE WHEN logp_new > 0 AND NOT isnan(logp_new) THEN 0 ELSE 2 * _half / (1 + _half) END"
+    return (
+        f"SELECT *, {miss} AS _miss FROM (SELECT *, tanh(-logp_new::DOUBLE / 2) AS _half, "
+        f"abs(advantage::DOUBLE * gradient_multiplier) AS _weight FROM ({source}))"
+    )
 
 
-def _latest(rollup: list[StepFile]) -> str:
-    """Filter to the latest attempt at each step; nothing to filter when there was only one."""
-    if len({f.attempt for f in rollup}) < 2:
-        return ""
-    return "SEMI JOIN (SELECT step, max(attempt) AS attempt FROM raw_rollup GROUP BY step) USING (step, attempt)"
+def _stored_tokens(manifest: dict[str, Any]) -> str:
+    """The tokens with the sums and differences that the run's settings leave to be computed."""
+    store = manifest.get("store") or {}
+    replaced: dict[str, str] = {}
+    if store.get("precision") == COMPACT:
+        replaced |= {"logp_new": "(logp_old + log_ratio)", "logp_rollout": "(logp_old - mismatch)"}
+    elif store.get("columns") == MINIMAL:
+        replaced["log_ratio"] = "(logp_new - logp_old)"
+    else:
+        replaced["logp_new"] = "coalesce(logp_new, logp_old + log_ratio)"
+    every = (
+        "SELECT * FROM raw_tokens UNION ALL SELECT * FROM ring_tokens "
+        "UNION ALL SELECT * REPLACE ('pinned' AS kept_because) FROM pinned_tokens"
+    )
+    return f"SELECT * REPLACE ({', '.join(f'{sql} AS {name}' for name, sql in replaced.items())}) FROM ({every})"
 
 
 def _sql_type(arrow: pa.DataType) -> str:
@@ -104,7 +148,3 @@ def _sql_type(arrow: pa.DataType) -> str:
     if pa.types.is_struct(arrow):
         return "STRUCT(" + ", ".join(f"{f.name} {_sql_type(f.type)}" for f in arrow) + ")"
     return _TYPES[arrow]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

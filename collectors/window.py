@@ -1,20 +1,14 @@
-"""A bounded summary of many steps: bins of neighbouring steps that merge exactly.
-
-Shape letters: K bins, M metrics, G gradient groups, 3 sides of the advantage, N_BINS histogram bins.
-"""
+"""A bounded summary of a run that grows step by step: the bins of all steps, or those of the newest ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mhpo_core.histograms import N_BINS
-from mhpo_core.metrics import SIDES
-
-Floats = NDArray[np.float64]
+from collectors.bins import Bins, Counts, Stats, coarsen, concatenate, drop_to
 
 
 @dataclass(frozen=True)
@@ -27,126 +21,138 @@ class StepSummary:
     gradients: Mapping[str, float]
     log_ratio: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, bins: Bins, row: int) -> StepSummary:
+        """A bin of one step.
 
-class Aggregate:
-    """Mean, smallest, largest and number of non-finite values per bin and name."""
+        Args:
+            row: of the bin.
+        """
+        metrics, gradients = _values(bins.metrics, row), _values(bins.gradients, row)
+        known = {name: value for name, value in gradients.items() if value is not None}
+        return cls(int(bins.last[row]), float(bins.wall_time[row]), metrics, known, bins.log_ratio[row].copy())
 
-    def __init__(self, capacity: int, names: list[str]) -> None:
-        self.names = list(names)
-        self._capacity = capacity
-        shape = (capacity, len(names))
-        self._total, self._finite, self.nonfinite = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        self.low, self.high = np.full(shape, np.inf), np.full(shape, -np.inf)
+    def bins(self) -> Bins:
+        """The step as one bin."""
+        step = np.array([self.step], np.int64)
+        stats = [
+            Stats.of_values(
+                list(values),
+                np.array([[np.nan if v is None else v for v in values.values()]], np.float64),
+                np.array([[v is not None for v in values.values()]], bool),
+            )
+            for values in (self.metrics, self.gradients)
+        ]
+        counts = self.log_ratio[None].astype(np.int64)
+        return Bins(1, step, step.copy(), np.ones(1, np.int64), np.array([self.wall_time]), stats[0], stats[1], counts)
 
-    def _arrays(self) -> list[tuple[str, np.ufunc, float]]:
-        return [
-            ("_total", np.add, 0.0), ("_finite", np.add, 0.0), ("nonfinite", np.add, 0.0),
-            ("low", np.minimum, np.inf), ("high", np.maximum, -np.inf),
-        ]  # fmt: skip
 
-    def add(self, bin_: int, values: Mapping[str, float | None]) -> None:
-        """Add one step's values to a bin."""
-        new = [name for name in values if name not in self.names]
-        if new:
-            self._add_names(new)
-        for name, value in values.items():
-            if value is None:
-                continue
-            column = self.names.index(name)
-            if not np.isfinite(value):
-                self.nonfinite[bin_, column] += 1
-                continue
-            self._total[bin_, column] += value
-            self._finite[bin_, column] += 1
-            self.low[bin_, column] = min(self.low[bin_, column], value)
-            self.high[bin_, column] = max(self.high[bin_, column], value)
-
-    def _add_names(self, names: list[str]) -> None:
-        self.names += names
-        for attribute, _, empty in self._arrays():
-            padding = np.full((self._capacity, len(names)), empty)
-            setattr(self, attribute, np.hstack([getattr(self, attribute), padding]))
-
-    def merge(self, starts: NDArray[np.intp], size: int) -> None:
-        """Merge the first `size` bins into groups that begin at `starts`."""
-        for attribute, rule, empty in self._arrays():
-            array = getattr(self, attribute)
-            merged = rule.reduceat(array[:size], starts, axis=0)
-            array[: len(starts)] = merged
-            array[len(starts) :] = empty
-
-    def drop(self, count: int) -> None:
-        """Forget the oldest `count` bins."""
-        for attribute, _, empty in self._arrays():
-            array = getattr(self, attribute)
-            array[:-count] = array[count:]
-            array[-count:] = empty
-
-    def mean(self, size: int) -> Floats:
-        """(size, names): mean over the finite values of a bin, NaN where there is none."""
-        with np.errstate(invalid="ignore"):
-            return np.where(self._finite[:size] > 0, self._total[:size] / self._finite[:size], np.nan)
+def _values(stats: Stats, row: int) -> dict[str, float | None]:
+    kinds = (stats.finite, stats.nan, stats.above, stats.below)
+    found: dict[str, float | None] = {}
+    for column, name in enumerate(stats.names):
+        finite, nan, above, below = (bool(kind[row, column]) for kind in kinds)
+        value = float(stats.total[row, column]) if finite else np.nan if nan else np.inf if above else -np.inf
+        found[name] = value if finite or nan or above or below else None
+    return found
 
 
 class Window:
-    """At most `capacity` bins of `width` neighbouring steps.
+    """At most `capacity` bins of neighbouring steps; adding a step costs the same however many there were before.
+
+    What it holds depends on the steps alone, not on how many came at once.
 
     Args:
         capacity: bins kept.
+        metrics: names to begin with; others are added as they come.
         width: steps of one bin to begin with.
-        forget: when full, drop the oldest quarter (a window that moves along); otherwise double the width (all steps
-            at a coarser resolution). Either way the cost of a step does not depend on how many there were before.
+        forget: keep the newest bins (a window that moves along); otherwise all steps, in bins whose width is doubled
+            whenever there are more than `capacity`.
     """
 
-    def __init__(self, capacity: int, metrics: list[str], *, width: int = 1, forget: bool = False) -> None:
-        self.capacity, self.width, self._forget = capacity, width, forget
+    def __init__(self, capacity: int, metrics: Sequence[str], *, width: int = 1, forget: bool = False) -> None:
+        self.capacity, self.forgets = capacity, forget
+        # more room than needed, so that moving the newest bins to the front is rare
+        self._room = Bins.empty(capacity + forget * max(1, capacity // 4), width, metrics)
+        self._start = 0
         self.size = 0
-        self.first = np.zeros(capacity, np.int64)
-        self.last = np.zeros(capacity, np.int64)
-        self.metrics = Aggregate(capacity, metrics)
-        self.gradients = Aggregate(capacity, [])
-        self.log_ratio = np.zeros((capacity, len(SIDES), N_BINS), np.int64)
 
-    def add(self, summary: StepSummary) -> None:
-        """Add one step; steps come in rising order."""
-        if not self._belongs_to_last(summary.step) and self.size == self.capacity:
-            self._make_room()
-        if not self._belongs_to_last(summary.step):
-            self.first[self.size] = summary.step
-            self.size += 1
-        bin_ = self.size - 1
-        self.last[bin_] = summary.step
-        self.metrics.add(bin_, summary.metrics)
-        self.gradients.add(bin_, summary.gradients)
-        self.log_ratio[bin_] += summary.log_ratio
+    def add(self, steps: StepSummary | Bins) -> None:
+        """Add steps later than all before.
 
-    def _belongs_to_last(self, step: int) -> bool:
-        return self.size > 0 and int(self.first[self.size - 1]) // self.width == step // self.width
-
-    def _make_room(self) -> None:
-        if self._forget:
-            self._drop(max(1, self.capacity // 4))
+        Args:
+            steps: one, or bins of which the width divides that of the window.
+        """
+        new = steps.bins() if isinstance(steps, StepSummary) else steps
+        if not new.size:
             return
-        # steps may be far apart, then one doubling merges nothing
-        while self.size > self.capacity // 2:
-            self.width *= 2
-            ids = self.first[: self.size] // self.width
-            self._merge(np.flatnonzero(np.diff(ids, prepend=ids[0] - 1)))
+        new = coarsen(new, self.width) if new.width <= self.width else new
+        if new.width > self.width:
+            self._replace(coarsen(self.bins, new.width))
+        # the newest bin may still be open
+        end = self._start + self.size
+        newest = self._room.rows(slice(end - min(self.size, 1), end))
+        self.size -= newest.size
+        self._append(concatenate([newest, new]))
 
-    def _merge(self, starts: NDArray[np.intp]) -> None:
-        ends = np.append(starts[1:], self.size) - 1
-        for aggregate in (self.metrics, self.gradients):
-            aggregate.merge(starts, self.size)
-        count = len(starts)
-        self.log_ratio[:count] = np.add.reduceat(self.log_ratio[: self.size], starts, axis=0)
-        self.log_ratio[count:] = 0
-        self.first[:count], self.last[:count] = self.first[starts], self.last[ends]
-        self.size = count
+    def _append(self, new: Bins) -> None:
+        if new.metrics.names != self._room.metrics.names or new.gradients.names != self._room.gradients.names:
+            metrics = list(dict.fromkeys([*self._room.metrics.names, *new.metrics.names]))
+            gradients = list(dict.fromkeys([*self._room.gradients.names, *new.gradients.names]))
+            self._room, new = self._room.select(metrics, gradients), new.select(metrics, gradients)
+        if self.forgets:
+            self._append_newest(new.rows(slice(-self.capacity, None)))
+        elif self.size + new.size > self.capacity:
+            self._replace(drop_to(concatenate([self.bins, new]), self.capacity))
+        else:
+            self._room.put(self.size, new)
+            self.size += new.size
 
-    def _drop(self, count: int) -> None:
-        for aggregate in (self.metrics, self.gradients):
-            aggregate.drop(count)
-        for array in (self.first, self.last, self.log_ratio):
-            array[:-count] = array[count:].copy()
-        self.log_ratio[-count:] = 0
-        self.size -= count
+    def _append_newest(self, new: Bins) -> None:
+        if self._start + self.size + new.size > self._room.size:
+            kept = self.bins.rows(slice(max(0, self.size + new.size - self.capacity), None))
+            self._room.put(0, kept)
+            self._start, self.size = 0, kept.size
+        self._room.put(self._start + self.size, new)
+        surplus = max(0, self.size + new.size - self.capacity)
+        self._start, self.size = self._start + surplus, self.size + new.size - surplus
+
+    def _replace(self, bins: Bins) -> None:
+        self._room = Bins.empty(self._room.size, bins.width, bins.metrics.names, bins.gradients.names)
+        self._room.put(0, bins)
+        self._start, self.size = 0, bins.size
+
+    @property
+    def bins(self) -> Bins:
+        """A view of what is held now."""
+        return self._room.rows(slice(self._start, self._start + self.size))
+
+    @property
+    def width(self) -> int:
+        """Steps of one bin."""
+        return self._room.width
+
+    @property
+    def first(self) -> Counts:
+        """(K,): see Bins."""
+        return self.bins.first
+
+    @property
+    def last(self) -> Counts:
+        """(K,): see Bins."""
+        return self.bins.last
+
+    @property
+    def metrics(self) -> Stats:
+        """(K, M): see Bins."""
+        return self.bins.metrics
+
+    @property
+    def gradients(self) -> Stats:
+        """(K, G): see Bins."""
+        return self.bins.gradients
+
+    @property
+    def log_ratio(self) -> Counts:
+        """(K, 3, N_BINS): see Bins."""
+        return self.bins.log_ratio

@@ -82,7 +82,9 @@ class TokenBatch:
             raise BatchError(
                 f"TokenBatch: tensors lie on {sorted(map(str, devices))}, allowed is one device. Move them together."
             )
-        if not bool(self.mask.any()):
+        # numpy stops at the first one that is True
+        trains = self.mask.numpy().any() if self.mask.device.type == "cpu" else self.mask.any()
+        if not bool(trains):
             raise BatchError(
                 "TokenBatch: the mask selects no token, at least one must train. Skip the step or check the mask."
             )

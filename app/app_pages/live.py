@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from app.components import live_board
+from app.components import live_board, zoomed_steps
 from app.session import follow, run_names
 from app.settings import runs_folder
 from app.text import visible
@@ -22,7 +22,15 @@ def watch_folder(known: list[str]) -> None:
 @st.fragment(run_every=REFRESH_SECONDS)
 def refresh(run: str, window: str) -> None:
     """Draw what is committed now; the browser gets nothing when nothing changed."""
-    live_board(follow(run).payload(window), key="board")
+    live_board(follow(run).payload(window, zoomed_steps("board")), key="board")
+
+
+@st.fragment
+def keep_button(run: str) -> None:
+    """Offer to keep the ring: every token of the last steps, which would otherwise go."""
+    kept = st.button("Keep last steps", help="Keeps all tokens of the steps in the ring for good, as `mhpo pin` does.")
+    if kept:
+        st.toast(follow(run).pin())
 
 
 names = run_names()
@@ -39,7 +47,7 @@ if not names:
     )
     st.stop()
 
-left, right = st.columns([3, 2], vertical_alignment="center")
+left, right, action = st.columns([5, 4, 2], vertical_alignment="center")
 with left:
     chosen = st.selectbox(
         "Run", names, key="run", bind="query-params", format_func=visible, label_visibility="collapsed"
@@ -49,4 +57,6 @@ with right:
         "Steps", list(WINDOWS), default="All steps", key="steps", bind="query-params", label_visibility="collapsed",
         required=True,
     )  # fmt: skip
+with action:
+    keep_button(chosen or names[0])
 refresh(chosen or names[0], WINDOWS[shown or "All steps"])

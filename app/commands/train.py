@@ -14,6 +14,9 @@ from pathlib import Path
 from app.text import human_duration
 from collectors import Recorder
 from collectors.layout import is_run
+from collectors.recorder import DISK_LIMIT
+from collectors.store import FSYNC
+from collectors.token_rows import COMPACT, EXACT, FULL, MINIMAL
 from mhpo_core.errors import ConfigError, StoreError
 from mhpo_core.training import Config, load_config, open_task, to_toml, train
 
@@ -32,6 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--resume", action="store_true", help="continue the run --name from its checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    store = parser.add_argument_group("what is stored, see `collectors.Recorder`")
+    store.add_argument(
+        "--tokens", default="flight", metavar="all|sample:N|flight:K", help="tokens kept (default: flight)"
+    )
+    store.add_argument(
+        "--disk-limit", default=DISK_LIMIT, metavar="SIZE", help=f"default: {DISK_LIMIT}; none = no limit"
+    )
+    store.add_argument("--precision", choices=[EXACT, COMPACT], default=EXACT)
+    store.add_argument("--columns", choices=[FULL, MINIMAL], default=FULL)
+    store.add_argument(
+        "--fsync", choices=list(FSYNC), default=FSYNC[0], help="what survives a power cut (default: step)"
+    )
     parser.add_argument("--with-parent", action="store_true", help="stop when the process that started this one ends")
 
 
@@ -53,7 +68,13 @@ def run(options: argparse.Namespace) -> int:
         config=config.to_dict(),
         updates_per_iteration=config.updates_per_iteration,
         vocabulary={i: task.decode_token(i) for i in range(task.vocab_size)},
+        tokens=options.tokens,
+        columns=options.columns,
+        precision=options.precision,
+        disk_limit=options.disk_limit,
+        fsync=options.fsync,
     )
+    print(f"Recording {recorder.describe()}", file=sys.stderr)
     checkpoint = folder / "checkpoint"
     progress = _TerminalProgress(folder)
     with recorder:

@@ -27,4 +27,15 @@ def _declare() -> Any:
 
 def live_board(payload: str, *, key: str) -> None:
     """Draw a payload of `app.live.LiveRun`; zoom, hover and the plot node survive every new payload of a run."""
-    _declare()(data={"payload": payload, "plotly": PLOTLY_URL}, key=key, height="content")
+    data = {"payload": payload, "plotly": PLOTLY_URL}
+    _declare()(data=data, key=key, height="content", on_steps_change=lambda: None)
+
+
+def zoomed_steps(key: str) -> tuple[int, int] | None:
+    """First and last step that the reader of a board has zoomed to, None for all; what a browser sends is untrusted."""
+    state = st.session_state.get(key)
+    steps = state.get("steps") if hasattr(state, "get") else None
+    if not isinstance(steps, list) or len(steps) != 2 or not all(isinstance(s, int | float) for s in steps):
+        return None
+    first, last = (int(min(max(s, 0), 2**53)) for s in steps)
+    return (first, last) if first <= last else None

@@ -134,7 +134,7 @@ def test_data_is_called_stale_while_the_writer_lives(folder: Path, monkeypatch: 
     with Recorder(folder / "run", objective="mhpo") as recorder:
         recorder.record(0, token_batch(0))
         follower = session.follow("run")
-        give_up = time.monotonic() + 10
+        give_up = time.monotonic() + 40
         while json.loads(follower.payload("all"))["level"] != "warning":
             assert time.monotonic() < give_up
             time.sleep(0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from collectors import Recorder, Run, open_run
-from collectors.recorder import _Event
 from mhpo_core import TokenBatch
 
 B, T = 4, 6
@@ -39,9 +37,14 @@ def token_batch(seed: int, n_sequences: int = B, **changes: Any) -> TokenBatch:
     return TokenBatch(**fields | changes)
 
 
+def new_recorder(path: Path, **options: Any) -> Recorder:
+    """A recorder that keeps every token unless told otherwise."""
+    return Recorder(path, **{"objective": "mhpo", "fsync": False, "tokens": "all"} | options)
+
+
 def record_steps(path: Path, steps: Iterable[int], **options: Any) -> None:
-    """Record a batch per step whose seed is the step, in the order given."""
-    with Recorder(path, objective="mhpo", fsync=False, **options) as recorder:
+    """Record a batch per step whose seed is the step, in the order given; every token is kept unless told otherwise."""
+    with new_recorder(path, **options) as recorder:
         for step in steps:
             recorder.record(step, token_batch(step), loss=step / 8, gradient_norms={"layer": step + 0.5})
 
@@ -66,22 +69,14 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-class _Marker(_Event):
-    """An event that tells when the writer thread has come to it."""
-
-    seen = threading.Event()
-
-    def __getattribute__(self, name):
-        if name == "kind":
-            _Marker.seen.set()
-        return super().__getattribute__(name)
-
-
 def wait_for(writer: Recorder) -> None:
-    """Until everything that was handed over is written or given up."""
-    _Marker.seen.clear()
-    writer._queue.put(_Marker("note", ""))
-    assert _Marker.seen.wait(30)
+    """Until everything that was handed over is written, given up, or refused by the disk once."""
+    assert writer._pipeline.call(lambda: None).wait(30)
+
+
+def step_files(run: Path, table: str, level: str, step: int) -> list[Path]:
+    """Files of one step alone."""
+    return sorted((run / table / level).glob(f"s{step:09d}.*.parquet"))
 
 
 TABLES = ("steps", "steps_all", "tokens", "sequences", "gradients", "metrics", "histograms", "events")

@@ -7,21 +7,21 @@ import random
 import time
 from pathlib import Path
 
-import duckdb
 import pytest
 
-from collectors import Recorder, StoreError, open_run
+from collectors import StoreError, open_run
+from collectors.integrity import verify
 from collectors.layout import is_run
 from collectors.state import run_state
-from tests.collectors.support import B, column, rows, token_batch
+from collectors.storage import LocalStorage
+from tests.collectors.support import B, column, new_recorder, rows, token_batch
 from tests.collectors.writer import SEEDS, writing
 
 RUNS, KILLS = 5, 5
 
 
 def state_of(run: Path) -> str:
-    with duckdb.connect() as connection:
-        return run_state(run, connection).name
+    return run_state(LocalStorage(run)).name
 
 
 def temporary_files(run: Path, besides: int) -> list[Path]:
@@ -44,6 +44,8 @@ def check_whole(run: Path) -> list[tuple[int, int]]:
     assert sequences == [(step, B) for step in sorted(latest)]
     assert gradients == [(step, step + 0.5) for step in sorted(latest)]
     assert by_step == [(step, *EXPECTED[step % SEEDS]) for step in sorted(latest)]
+    checked = verify(LocalStorage(run))
+    assert checked.findings == [] and checked.steps == len(seen)
     return seen
 
 
@@ -86,10 +88,10 @@ def test_a_resumed_run_goes_on_and_a_rewound_one_keeps_both_attempts(tmp_path):
     with writing(run) as writer:
         writer.wait_for_steps(30)
         writer.kill()
-    (run / "tokens" / "hot" / "s000000999.a000.r000.parquet.123.tmp").touch()
+    (run / "tokens" / "hot" / "s000000999.a000.r000.0f3c9a71.15219.parquet.123.tmp").touch()
     last = max(column(run, "SELECT step FROM steps"))
     assert state_of(run) == "killed"
-    with Recorder(run, objective="mhpo", fsync=False) as recorder:
+    with new_recorder(run) as recorder:
         assert not temporary_files(run, besides=os.getpid())
         recorder.record(last + 1, token_batch(1))
         recorder.record(5, token_batch(2))
@@ -115,11 +117,11 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     with writing(run) as writer:
         writer.wait_for_steps(2)
         with pytest.raises(StoreError, match="is being written by another recorder") as raised:
-            Recorder(run, objective="mhpo")
+            new_recorder(run)
         assert "\n" not in str(raised.value)
         writer.wait_for_steps(2)  # the first is none the worse for it
         assert state_of(run) == "running"
         writer.kill()
-    with Recorder(run, objective="mhpo", fsync=False):
+    with new_recorder(run):
         assert state_of(run) == "running"
     assert state_of(run) == "finished"

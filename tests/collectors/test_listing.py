@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 
-import duckdb
 import pytest
 
 from collectors import Recorder, StoreError
+from collectors.integrity import verify
+from collectors.layout import SCHEMA_VERSION
 from collectors.listing import list_runs, run_folders
 from collectors.state import RunState, run_state
-from tests.collectors.support import record_steps, token_batch, wait_for
+from collectors.storage import LocalStorage
+from tests.collectors.support import record_steps, step_files, token_batch, wait_for
 from tests.collectors.writer import writing
 
 
@@ -37,7 +40,7 @@ def test_every_state_is_told_apart(tmp_path):
     running.close()
     assert {n: s.state.name for n, s in found.items()} == {n: n for n in found if n != "empty"} | {"empty": "finished"}
     assert found["failed"].state == RunState("failed", "it failed", "failed")
-    assert found["running"].state.phase in ("warm_start", "note")
+    assert found["running"].state == RunState("running", "20 steps", "warm_start")
     assert (found["empty"].health, found["empty"].last_step, found["empty"].last_time) == ("no data", None, None)
     assert [(s.objective, s.last_step, s.reward, s.health) for s in (found["failed"], found["running"])] == [
         ("ppo_clip", 3, 0.25, "ok"), ("mhpo", 0, None, "ok")
@@ -48,18 +51,31 @@ def test_every_state_is_told_apart(tmp_path):
 def test_a_run_that_was_killed_before_its_first_event(tmp_path):
     record_steps(tmp_path / "run", [0])
     shutil.rmtree(tmp_path / "run" / "events")
-    with duckdb.connect() as connection:
-        assert run_state(tmp_path / "run", connection) == RunState("killed", "", "")
+    assert run_state(LocalStorage(tmp_path / "run")) == RunState("killed", "", "")
 
 
 def test_a_resumed_run_is_judged_by_its_last_writer(tmp_path):
     Recorder(tmp_path / "run", objective="mhpo", fsync=False).close("failed", "first")
-    with writing(tmp_path / "run") as writer, duckdb.connect() as connection:
-        assert run_state(tmp_path / "run", connection).name in ("failed", "running")
+    storage = LocalStorage(tmp_path / "run")
+    with writing(tmp_path / "run") as writer:
+        assert run_state(storage).name in ("failed", "running")
         writer.wait_for_steps(12)
-        assert run_state(tmp_path / "run", connection).name == "running"
+        assert run_state(storage).name == "running"
         writer.kill()
-        assert run_state(tmp_path / "run", connection).name == "killed"
+        assert run_state(storage).name == "killed"
+
+
+def test_a_run_whose_newest_event_is_damaged_is_judged_by_the_one_before(tmp_path):
+    storage = LocalStorage(tmp_path / "run")
+    end(tmp_path / "run", "failed", "first")
+    end(tmp_path / "run", "stopped", "second")
+    assert run_state(storage) == RunState("stopped", "second", "stopped")
+    last = max((tmp_path / "run" / "events").iterdir())
+    content = last.read_bytes()
+    for damaged in (content[:-1], b"\0" * len(content)):  # of another size, of other bytes
+        last.write_bytes(damaged)
+        state = run_state(storage)
+        assert (state.name, state.phase) == ("killed", "rewound")
 
 
 def test_health_is_that_of_the_newest_step(tmp_path):
@@ -83,12 +99,20 @@ def test_the_newest_step_is_that_of_the_newest_attempt(tmp_path):
 DAMAGE = {
     "manifest": lambda run: (run / "run.json").write_text("{"),
     "deep manifest": lambda run: (run / "run.json").write_text("[" * 100_000),
-    "odd objective": lambda run: (run / "run.json").write_text('{"schema_version": 2, "objective": "mhpo"}'),
+    "odd objective": lambda run: (run / "run.json").write_text(
+        json.dumps({"schema_version": SCHEMA_VERSION, "objective": "mhpo"})
+    ),
     "newer": lambda run: (run / "run.json").write_text('{"schema_version": 99}'),
-    "event": lambda run: next((run / "events").iterdir()).write_bytes(b"PAR1"),
-    "rollup": lambda run: next((run / "rollup" / "hot").iterdir()).write_bytes(b""),
-    "file for a folder": lambda run: (shutil.rmtree(run / "rollup" / "hot"), (run / "rollup" / "hot").touch()),
+    "older": lambda run: (run / "run.json").write_text('{"schema_version": 2}'),
+    "rollup": lambda run: overwrite(run / "rollup" / "hot", b""),
+    "truncated rollup": lambda run: overwrite(run / "rollup" / "hot", b"PAR1"),
+    "same size": lambda run: overwrite(run / "rollup" / "hot", None),
 }
+
+
+def overwrite(folder, content):
+    path = next(folder.iterdir())
+    path.write_bytes(b"\0" * path.stat().st_size if content is None else content)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -99,6 +123,32 @@ def test_a_damaged_run_is_listed_with_its_problem_and_hides_no_other(tmp_path, k
     found = {s.run_id: s for s in list_runs(tmp_path)}
     assert found["good"].problem == "" and found["good"].last_step == 0
     assert found["bad"].problem and "\n" not in found["bad"].problem and found["bad"].health == "no data"
+
+
+def test_a_damaged_event_is_a_problem_of_a_run_that_still_has_its_numbers(tmp_path):
+    record_steps(tmp_path / "run", [0])
+    overwrite(tmp_path / "run" / "events", b"PAR1")
+    (found,) = list_runs(tmp_path)
+    assert (found.health, found.last_step) == ("ok", 0) and found.problem == "1 damaged files, see `mhpo verify`"
+
+
+def test_the_newest_whole_step_is_shown_beside_a_damaged_one(tmp_path):
+    for step in range(3):  # each in a file of its own
+        record_steps(tmp_path / "run", [step])
+    step_files(tmp_path / "run", "rollup", "hot", 2)[0].write_bytes(b"")
+    (found,) = list_runs(tmp_path)
+    assert (found.health, found.last_step) == ("ok", 1) and found.problem == "1 damaged files, see `mhpo verify`"
+
+
+def test_a_file_in_the_place_of_a_folder_hides_no_other_run(tmp_path):
+    for name in ("good", "bad"):
+        record_steps(tmp_path / name, [0])
+    shutil.rmtree(tmp_path / "bad" / "rollup" / "hot")
+    (tmp_path / "bad" / "rollup" / "hot").touch()
+    found = {s.run_id: s for s in list_runs(tmp_path)}
+    assert found["good"].last_step == 0 and (found["bad"].last_step, found["bad"].health) == (None, "no data")
+    findings = verify(LocalStorage(tmp_path / "bad")).findings
+    assert [(f.kind, f.name) for f in findings] == [("foreign", "rollup/hot")]
 
 
 def test_only_runs_are_listed_newest_first(tmp_path):

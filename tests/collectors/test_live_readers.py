@@ -12,12 +12,12 @@ from tests.collectors.writer import SEEDS, writing
 COUNTS = """SELECT (SELECT count(*) FROM steps), (SELECT max(step) + 1 FROM steps), (SELECT sum(n_tokens) FROM steps),
     (SELECT count(*) FROM tokens), (SELECT count(DISTINCT step) FROM tokens), (SELECT count(*) FROM sequences),
     (SELECT sum(count) FROM histograms WHERE quantity = 'log_ratio')"""
-SECONDS = 5.0
+SECONDS = 6.0
 
 
 def test_every_read_of_a_live_run_is_consistent(tmp_path):
     tokens = [int(token_batch(seed).mask.sum()) for seed in range(SEEDS)]
-    with writing(tmp_path / "run", seal_after=7, grace=1.5) as writer:
+    with writing(tmp_path / "run", seal_after=7, grace=3.0) as writer:
         writer.wait_for_steps(12)
         kept, tail = open_run(tmp_path / "run"), RunTail(tmp_path / "run", ["loss"])
         newest, tail_newest, reads, stop = 0, 0, 0, time.monotonic() + SECONDS
@@ -41,6 +41,27 @@ def test_every_read_of_a_live_run_is_consistent(tmp_path):
     assert tail.state.name == "killed" and tail.n_steps == rows(kept, COUNTS)[0][0]
     tail.close()
     kept.close()
+
+
+def test_every_read_of_a_live_flight_recorder_sees_the_ring_or_what_is_kept(tmp_path):
+    """Steps leave the ring while it is read; those that are read are whole."""
+    n = 64
+    tokens = [int(token_batch(seed, n).mask.sum()) for seed in range(SEEDS)]
+    query = "SELECT step, count(*), count(DISTINCT (sequence_id, position)), bool_or(kept_because = 'ring') FROM tokens"
+    with writing(tmp_path / "run", seal_after=7, grace=15.0, n_sequences=n, tokens="flight:12") as writer:
+        writer.wait_for_steps(24)
+        reads, newest, stop = 0, 0, time.monotonic() + 3
+        with open_run(tmp_path / "run") as kept:
+            while time.monotonic() < stop:
+                with open_run(tmp_path / "run") as fresh:
+                    for run in (kept, fresh):
+                        found = {step: rest for step, *rest in rows(run, f"{query} GROUP BY step")}
+                        assert sorted(found) == list(range(len(found))) and len(found) >= newest
+                        assert all(count == distinct for count, distinct, _ in found.values())
+                        whole = [step for step, (_, _, in_ring) in found.items() if in_ring]
+                        assert len(whole) >= 12 and all(found[s][0] == tokens[s % SEEDS] for s in whole)
+                        newest, reads = len(found), reads + 1
+    assert reads > 4 and newest > 36
 
 
 def test_an_open_run_follows_new_steps_and_a_relation_stays_lazy(tmp_path):

@@ -39,12 +39,14 @@ FAMILIES = [
 BATCH_COLUMNS = ("logp_new", "logp_old", "logp_rollout", "logp_ref", "advantage", "entropy")
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
+@pytest.fixture(scope="module", params=["all", "flight:1"])
+def recorded(tmp_path_factory, request):
+    """A run of few enough sequences that every policy keeps all their tokens."""
     path = tmp_path_factory.mktemp("runs") / "run"
     vocabulary = {i: f"t{i}" for i in range(40)}
     norms = GradientNorms(5.0, {"a.0.mlp": 3.0, "head": float("inf")}, {"a.0.mlp": 7.0}, {"head": 2})
-    with Recorder(path, objective="mhpo", fsync=False, vocabulary=vocabulary, config={"seed": 7}) as recorder:
+    options = {"vocabulary": vocabulary, "config": {"seed": 7}, "tokens": request.param}
+    with Recorder(path, objective="mhpo", fsync=False, **options) as recorder:
         recorder.event("note", "between")
         for step in (0, 1, 5):
             recorder.record(
@@ -83,7 +85,8 @@ def test_tokens_are_the_trained_tokens_bit_for_bit(recorded):
         assert found["position"].tolist() == position.tolist()
         assert found["sequence_id"].tolist() == (10 * step + row).tolist()
         assert found["token_id"].tolist() == batch.token_id.numpy()[mask].tolist()
-        assert set(found["kept_because"]) == {"all"}
+        everything = recorded.manifest["store"]["tokens"] == "all"
+        assert set(found["kept_because"]) == {"all" if everything else "sample"}
         for name in BATCH_COLUMNS:
             expected = getattr(batch, name).numpy()[mask]
             assert found[name].dtype == np.float32
@@ -188,11 +191,41 @@ def test_histograms_equal_numpy_over_the_same_edges(recorded, quantity):
             assert weight == pytest.approx(np.abs(advantage * multiplier)[inside].astype(float).sum(), rel=1e-5)
 
 
+def test_tokens_of_the_ring_are_as_exact_as_those_that_stay(tmp_path):
+    """All of the newest steps, wherever they lie; of older ones what is said to be kept."""
+    run, n = tmp_path / "run", 64
+    reasons = {"sample", "low tail", "high tail"}
+    with Recorder(run, objective="mhpo", fsync=False, tokens="flight:2") as recorder:
+        for step in range(4):
+            recorder.record(step, token_batch(step, n), sequences=Sequences(sequence_id=range(n)))
+    with open_run(run) as opened:
+        for step in range(4):
+            batch = token_batch(step, n)
+            found = opened.sql(f"FROM tokens WHERE step = {step} ORDER BY sequence_id, position").fetchnumpy()
+            assert opened.tokens_of(step).equals(
+                opened.sql(f"FROM tokens WHERE step = {step} ORDER BY sequence_id, position").to_arrow_table()
+            )
+            place = (found["sequence_id"], found["position"])
+            assert set(found["kept_because"]) == (reasons | {"ring"} if step >= 2 else reasons)
+            assert batch.mask.numpy()[place].all()
+            assert (len(place[0]) == int(batch.mask.sum())) == (step >= 2)
+            assert len(np.unique(np.stack(place), axis=1).T) == len(place[0])
+            for name in (*BATCH_COLUMNS, "token_id"):
+                values = getattr(batch, name).numpy()[place].astype(found[name].dtype)
+                assert found[name].tobytes() == values.tobytes(), name
+        kept = "SELECT step, kept_tokens, kept_tokens + ring_tokens - n_tokens FROM raw_rollup ORDER BY step"
+        counted = "SELECT step, count(*), 0 FROM tokens WHERE kept_because != 'ring' GROUP BY step ORDER BY step"
+        assert rows(opened, kept) == rows(opened, counted)
+
+
 def test_every_metric_is_a_column_and_the_manifest_says_what_the_run_is(recorded):
     assert set(METRICS) <= set(recorded.sql("FROM steps").columns)
     assert recorded.manifest["config"] == {"seed": 7} and recorded.manifest["run_id"] == "run"
     hyperparameters = {"c": 1.5, "k_pos": 1.5, "lambda_pos": 1.0, "k_neg": 2.0, "lambda_neg": 0.8}
     assert recorded.manifest["objective"] == {"name": "mhpo", "hyperparameters": hyperparameters}
+    store = recorded.manifest["store"]
+    assert store.pop("tokens") in ("all", "flight:1")
+    assert store == {"columns": "full", "precision": "exact", "disk_limit": 4_000_000_000}
 
 
 def test_the_example_of_the_contract(tmp_path, monkeypatch):

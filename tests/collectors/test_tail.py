@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pytest
 
@@ -132,41 +131,6 @@ def test_updates_of_one_iteration_share_a_bin(tmp_path, follow):
     check_window(window, tmp_path / "run")
 
 
-class CountingConnection:
-    """A DuckDB connection that notes the Parquet files each query names."""
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self._connection, self.files = connection, []
-
-    def execute(self, query: str):
-        self.files += [part for part in query.split("'") if part.endswith(".parquet")]
-        return self._connection.execute(query)
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-def test_a_refresh_reads_the_new_step_alone_however_long_the_run(tmp_path, seal_after, follow):
-    seal_after(40)
-    run = tmp_path / "run"
-    with Recorder(run, objective="mhpo", fsync=False) as writer:
-        tail, done = follow(run), 0
-        tail._connection = counting = CountingConnection(tail._connection)
-        for length in (5, 39, 45, 100):  # the step after the first 39 seals
-            for step in range(done, length):
-                record(writer, step)
-            wait_for(writer)
-            tail.poll()
-            counting.files.clear()
-            record(writer, length)
-            wait_for(writer)
-            done = length + 1
-            assert tail.poll() and tail.n_steps == done
-            assert len({f for f in counting.files if "/rollup/" in f}) == 1
-            counting.files.clear()
-            assert not tail.poll() and not [f for f in counting.files if "/rollup/" in f]
-
-
 def test_the_pace_and_the_cost_of_recording(tmp_path, follow):
     record_steps(tmp_path / "run", [0])
     tail = follow(tmp_path / "run")
@@ -177,21 +141,6 @@ def test_the_pace_and_the_cost_of_recording(tmp_path, follow):
     times, spent = zip(*rows(tmp_path / "run", "SELECT wall_time, recorder_ms FROM steps"), strict=True)
     assert tail.usual_pause() == pytest.approx(np.median(np.diff(times)))
     assert tail.recorder_share() == pytest.approx(sum(spent[1:]) / 1e3 / (times[-1] - times[0]))
-
-
-def test_a_read_that_fails_is_made_up_for_by_the_next(tmp_path, follow):
-    run = tmp_path / "run"
-    record_steps(run, range(3))
-    tail = follow(run)
-    path = next((run / "rollup" / "sealed").iterdir())
-    content = path.read_bytes()
-    with path.open("r+b") as file:
-        file.truncate(10)
-    with pytest.raises(duckdb.Error):
-        tail.poll()
-    with path.open("wb") as file:
-        file.write(content)
-    assert tail.poll() and tail.n_steps == 3
 
 
 def test_a_run_that_is_deleted_is_no_crash(tmp_path, follow):

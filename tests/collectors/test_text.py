@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from collectors import Recorder, open_run
+from collectors import Recorder, open_run, policy
 from collectors.listing import list_runs
 from collectors.tail import RunTail
 from mhpo_core import Sequences
-from tests.collectors.support import column, record_steps, rows, token_batch
+from tests.collectors.support import column, new_recorder, record_steps, rows, token_batch
 
 HOSTILE = [
     "it's \"quoted\" -- ; DROP TABLE steps", "two\nlines\r\n\ttab", "NUL \x00 inside", "\u202eevil\u202c עברית", "",
@@ -21,11 +21,14 @@ FOLDERS = [
 ]  # fmt: skip
 
 
-def test_hostile_texts_round_trip(tmp_path):
+@pytest.mark.parametrize("tokens", ["all", "flight"])
+def test_hostile_texts_round_trip(tmp_path, monkeypatch, tokens):
+    """With "flight" some texts lie in the ring, apart from their sequences."""
+    monkeypatch.setattr(policy, "TAIL_TEXTS", 0)
     texts = HOSTILE + [given for given, _ in BROKEN]
     expected = HOSTILE + [stored for _, stored in BROKEN]
     vocabulary = dict(enumerate(texts[:-3] + texts[-2:]))
-    with Recorder(tmp_path / "run", objective="mhpo", fsync=False, vocabulary=vocabulary) as recorder:
+    with new_recorder(tmp_path / "run", vocabulary=vocabulary, tokens=tokens) as recorder:
         batch = token_batch(0, n_sequences=len(texts))
         recorder.record(0, batch, sequences=Sequences(prompt=texts, completion=texts[::-1]))
         names = {text: float(i) for i, text in enumerate(texts)}
@@ -36,6 +39,7 @@ def test_hostile_texts_round_trip(tmp_path):
         assert rows(run, "SELECT prompt, completion FROM sequences WHERE step = 0 ORDER BY sequence_id") == list(
             zip(expected, expected[::-1], strict=True)
         )
+        assert (column(run, "SELECT count(*) FROM raw_texts") == [0]) == (tokens == "all")
         assert sorted(column(run, "SELECT name FROM metrics")) == sorted(expected)
         assert sorted(column(run, "SELECT parameter FROM gradients")) == sorted(expected)
         assert column(run, "SELECT detail FROM events WHERE kind = 'note'") == expected

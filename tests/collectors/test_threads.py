@@ -1,4 +1,4 @@
-"""The writer thread leaves the trainer its cores."""
+"""The recorder's threads leave the trainer its cores."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import threading
 import pytest
 import torch
 
-from collectors import recorder as recorder_module
-from collectors.recorder import Recorder
+from collectors import Recorder, pipeline
+from collectors.store import StoreWriter
 from tests.collectors.support import token_batch
 
 
-def test_the_trainer_keeps_its_threads_and_the_writer_has_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_keeps_its_threads_and_the_recorders_have_one_each(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, int] = {}
-    measure = recorder_module.measure
 
-    def spy(*arguments):
-        seen[threading.current_thread().name] = torch.get_num_threads()
-        return measure(*arguments)
+    def spied(action):
+        def spy(*arguments):
+            seen[threading.current_thread().name] = torch.get_num_threads()
+            return action(*arguments)
 
-    monkeypatch.setattr(recorder_module, "measure", spy)
+        return spy
+
+    monkeypatch.setattr(pipeline, "prepare", spied(pipeline.prepare))
+    monkeypatch.setattr(StoreWriter, "commit_step", spied(StoreWriter.commit_step))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -32,4 +37,5 @@ def test_the_trainer_keeps_its_threads_and_the_writer_has_one(tmp_path, monkeypa
         late.join()
     finally:
         torch.set_num_threads(before)
-    assert seen == {"mhpo-recorder": 1, "late": 2}
+    assert seen == {"mhpo-measure": 1, "mhpo-store": 1, "late": 2}
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("mhpo-")], "close ends both"

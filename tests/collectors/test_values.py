@@ -23,13 +23,14 @@ def recorder(tmp_path):
         yield recorder
 
 
-def test_nonfinite_values_stay_what_they_are(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"tokens": "all"}, {"columns": "minimal"}, {"precision": "compact"}], ids=str)
+def test_nonfinite_values_stay_what_they_are(tmp_path, options):
     hostile = torch.tensor([[NAN, INF, -INF, -0.5]])
     batch = TokenBatch(
         logp_new=hostile, logp_old=torch.full((1, 4), -0.5), advantage=torch.tensor([[1.0, INF, NAN, -INF]]),
         mask=torch.ones(1, 4), entropy=hostile, logp_rollout=hostile,
     )  # fmt: skip
-    with Recorder(tmp_path / "run", objective="mhpo", fsync=False) as recorder:
+    with Recorder(tmp_path / "run", objective="mhpo", fsync=False, **options) as recorder:
         norms = {"a": NAN, "b": -INF}
         recorder.record(0, batch, loss=NAN, grad_norm=INF, gradient_norms=norms, metrics={"m": -INF}, reward=[NAN])
     found = rows(tmp_path / "run", "SELECT logp_new, advantage, entropy, log_ratio FROM tokens ORDER BY position")

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectors.window import Aggregate, StepSummary, Window
+from collectors.bins import Bins, Stats, concatenate
+from collectors.window import StepSummary, Window
 from mhpo_core.histograms import N_BINS
+from tests.collectors.rollups import assert_same_bins
 
 NAMES = ["loss", "lr"]
 VALUES = st.none() | st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf])
@@ -23,9 +25,9 @@ def histories(draw) -> list[StepSummary]:
     for step in np.cumsum(gaps) - 1:
         counts = np.zeros((3, N_BINS), np.int64)
         counts[draw(st.integers(0, 2)), draw(st.integers(0, N_BINS - 1))] = draw(st.integers(0, 1000))
-        gradients = {g: draw(VALUES) for g in draw(st.sets(st.sampled_from("abc")))}
+        gradients = {g: draw(VALUES) for g in sorted(draw(st.sets(st.sampled_from("abc"))))}
         gradients = {g: v for g, v in gradients.items() if v is not None}
-        summaries.append(StepSummary(int(step), 0.0, {n: draw(VALUES) for n in NAMES}, gradients, counts))
+        summaries.append(StepSummary(int(step), float(step), {n: draw(VALUES) for n in NAMES}, gradients, counts))
     return summaries
 
 
@@ -38,10 +40,15 @@ def fill(history: list[StepSummary], capacity: int, width: int, forget: bool) ->
     return window
 
 
-def check_aggregate(found: Aggregate, bin_: int, size: int, name: str, values: list[float | None]) -> None:
+def check_stats(found: Stats, bin_: int, size: int, name: str, values: list[float | None]) -> None:
     column = found.names.index(name)
-    finite = [v for v in values if v is not None and math.isfinite(v)]
-    assert found.nonfinite[bin_, column] == sum(v is not None and not math.isfinite(v) for v in values)
+    known = [v for v in values if v is not None]
+    finite = [v for v in known if math.isfinite(v)]
+    counts = [found.nan, found.above, found.below, found.nonfinite]
+    nans = sum(math.isnan(v) for v in known)
+    assert [count[bin_, column] for count in counts] == [
+        nans, known.count(math.inf), known.count(-math.inf), len(known) - len(finite),
+    ]  # fmt: skip
     assert found.low[bin_, column] == min(finite, default=math.inf)
     assert found.high[bin_, column] == max(finite, default=-math.inf)
     mean = found.mean(size)[bin_, column]
@@ -58,33 +65,35 @@ def check_bins(window: Window, history: list[StepSummary]) -> int:
         inside = [s for s in history if window.first[bin_] <= s.step <= window.last[bin_]]
         covered += len(inside)
         assert (inside[0].step, inside[-1].step) == (window.first[bin_], window.last[bin_])
+        assert window.bins.n_steps[bin_] == len(inside) and window.bins.wall_time[bin_] == inside[-1].wall_time
         assert len({s.step // window.width for s in inside}) == 1
         assert (window.log_ratio[bin_] == sum(s.log_ratio for s in inside)).all()
         for name in NAMES:
-            check_aggregate(window.metrics, bin_, window.size, name, [s.metrics[name] for s in inside])
+            check_stats(window.metrics, bin_, window.size, name, [s.metrics[name] for s in inside])
         for name in window.gradients.names:
-            check_aggregate(window.gradients, bin_, window.size, name, [s.gradients.get(name) for s in inside])
+            check_stats(window.gradients, bin_, window.size, name, [s.gradients.get(name) for s in inside])
     return covered
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(histories(), st.integers(2, 9), st.integers(1, 5))
 def test_a_window_of_all_steps_loses_none(history, capacity, width):
     window = fill(history, capacity, width, forget=False)
     assert check_bins(window, history) == len(history)
     assert window.first[0] == history[0].step
     assert set(window.gradients.names) == {g for s in history for g in s.gradients}
+    if window.width > width:
+        assert len({s.step // (window.width // 2) for s in history}) > capacity, "no wider than it must be"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(histories(), st.integers(1, 9), st.integers(1, 5))
 def test_a_forgetting_window_keeps_the_newest(history, capacity, width):
     window = fill(history, capacity, width, forget=True)
     kept = check_bins(window, history)
     assert window.width == width
     assert [s.step for s in history[-kept:]][0] == window.first[0]
-    bins = len({s.step // width for s in history})
-    assert window.size >= min(bins, capacity - max(1, capacity // 4) + 1)
+    assert window.size == min(len({s.step // width for s in history}), capacity)
 
 
 @settings(max_examples=30, deadline=None)
@@ -92,6 +101,30 @@ def test_a_forgetting_window_keeps_the_newest(history, capacity, width):
 def test_a_window_with_room_is_exact(history):
     window = fill(history, 64, 1, forget=False)
     assert window.first[: window.size].tolist() == [s.step for s in history] and window.width == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(histories(), st.integers(1, 9), st.integers(1, 3), st.booleans(), st.data())
+def test_it_does_not_matter_how_many_steps_come_at_once(history, capacity, width, forget, data):
+    window, left = Window(capacity, NAMES, width=width, forget=forget), list(history)
+    while left:
+        size = data.draw(st.integers(1, len(left)))
+        window.add(concatenate([Bins.empty(0, 1, NAMES), *(s.bins() for s in left[:size])]))
+        del left[:size]
+    assert_same_bins(window.bins, fill(history, capacity, width, forget).bins)
+
+
+@settings(max_examples=50, deadline=None)
+@given(histories())
+def test_a_step_survives_the_way_through_a_bin(history):
+    for summary in history:
+        back = StepSummary.of(summary.bins(), 0)
+        assert (back.step, back.wall_time, repr(back.metrics)) == (
+            summary.step,
+            summary.wall_time,
+            repr(summary.metrics),
+        )
+        assert repr(back.gradients) == repr(summary.gradients) and (back.log_ratio == summary.log_ratio).all()
 
 
 def test_a_late_group_starts_empty_and_merges():

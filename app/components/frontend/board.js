@@ -1,6 +1,7 @@
 // The live board: status tiles, one sentence of state, one Plotly figure.
 //
 // Plotly.react on one node keeps the reader's zoom and hover; st.plotly_chart would mount a new chart for every change.
+// The steps that the reader zoomed to go back to the server, which answers with finer columns.
 // All text goes through textContent: names and details come from disk and are never markup.
 
 const SHAPES = { ok: "●", warning: "▲", critical: "■", idle: "○" };
@@ -131,7 +132,7 @@ class Board {
     figure.layout.font.family = getComputedStyle(this.root).fontFamily;
     figure.layout.autosize = true;
     const options = { displaylogo: false, responsive: true, scrollZoom: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
-    return P.react(this.plot, figure.data, figure.layout, options).then(() =>
+    return P.react(this.plot, figure.data, figure.layout, options).then(() => this.listen()).then(() =>
       requestAnimationFrame(() => {
         this.renders += 1;
         Object.assign(this.root.dataset, {
@@ -141,6 +142,19 @@ class Board {
         this.plot.setAttribute("aria-label", `Run ${content.run}, state ${content.state}, step ${last}`);
       }),
     );
+  }
+
+  // Tell the server which steps are shown, once per zoom; its answer keeps the zoom.
+  listen() {
+    if (this.listens) return;
+    this.listens = true;
+    this.plot.on("plotly_relayout", (change) => {
+      const key = Object.keys(change).find((k) => /^xaxis\d*\.(range\[0\]|range|autorange)$/.test(k));
+      if (!key) return;
+      const range = key.endsWith("autorange") ? null : this.plot.layout.xaxis.range.map(Number);
+      const steps = range && [Math.floor(range[0]), Math.ceil(range[1])];
+      this.report?.(steps && steps.every(Number.isFinite) ? steps : null);
+    });
   }
 
   fail(error) {
@@ -155,9 +169,10 @@ class Board {
   }
 }
 
-export default function ({ data, parentElement }) {
+export default function ({ data, parentElement, setStateValue }) {
   const root = parentElement.querySelector(".mhpo-board");
   if (!boards.has(root)) boards.set(root, new Board(root));
+  boards.get(root).report = (steps) => setStateValue("steps", steps);
   boards.get(root).show(data.payload, data.plotly);
   return () => setTimeout(() => {
     // Streamlit also cleans up before it runs this function again on the same node

@@ -1,0 +1,94 @@
+"""The trained tokens of a batch without the padding between them.
+
+Shape letters: B sequences, T response tokens, N trained tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mhpo_core.batch import TokenBatch
+from mhpo_core.objectives import Objective, Terms
+from mhpo_core.telemetry import StepTelemetry, logit_gradient_norm, measure
+from mhpo_core.telemetry.binned import measure_binned
+
+BINNED_FROM = 200_000
+"""Tokens from which on a step's scalars come from fine histograms; `measure_binned` says how exact they are."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Trained tokens in the order of sequence and position.
+
+    Args:
+        batch: the tokens as one row, (1, N).
+        row: (N,), the sequence of each, in [0, B).
+        position: (N,), its place among the response tokens, masked ones too.
+        length: (B,), trained tokens of each sequence.
+    """
+
+    batch: TokenBatch
+    row: NDArray[np.intp]
+    position: NDArray[np.intp]
+    length: NDArray[np.intp]
+
+
+def pack(batch: TokenBatch) -> Packed:
+    """The trained tokens of a batch, on the CPU.
+
+    Shares memory with a batch on the CPU that has no padding.
+    """
+    n_rows, width = batch.mask.shape
+    place = batch.mask.reshape(-1).nonzero().squeeze(1)
+    given: dict[str, Tensor | None] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    packed: dict[str, Any] = {
+        n: None if v is None else _packed(v.detach(), place).cpu()[None] for n, v in given.items()
+    }
+    row, position = np.divmod(place.cpu().numpy(), width)
+    return Packed(TokenBatch(**packed), row, position, np.bincount(row, minlength=n_rows))
+
+
+def measure_packed(batch: TokenBatch | None, packed: Packed, objective: Objective) -> StepTelemetry:
+    """`measure` of the batch, with `terms` and `logit_grad_norm` of the packed tokens, (1, N).
+
+    Args:
+        batch: None where the terms follow from each token's own ratio; padding then costs nothing.
+    """
+    if not objective.follows_from_ratio:
+        assert batch is not None
+        found = measure(batch, objective)
+        place = batch.mask.reshape(-1).nonzero().squeeze(1)
+        given = {f.name: getattr(found.terms, f.name) for f in fields(found.terms)}
+        of_tokens: dict[str, Any] = {n: None if v is None else _packed(v, place)[None] for n, v in given.items()}
+        terms = Terms(**of_tokens)
+        return replace(found, terms=terms, logit_grad_norm=_packed(found.logit_grad_norm, place)[None])
+    found = _measured(packed.batch, objective)
+    names = found.accumulated.names.counts
+    n_sequences = int(np.count_nonzero(packed.length))
+    counts = found.accumulated.counts.clone()
+    counts[names.index("n_sequences")] = n_sequences
+    scalars = found.scalars | {"n_sequences": n_sequences, "length_mean": len(packed.row) / n_sequences}
+    accumulated = replace(found.accumulated, counts=counts, n_rows=len(packed.length))
+    return replace(found, scalars=scalars, accumulated=accumulated)
+
+
+def _measured(batch: TokenBatch, objective: Objective) -> StepTelemetry:
+    if batch.mask.numel() < BINNED_FROM:
+        return measure(batch, objective)
+    binned, terms = measure_binned(batch, objective), objective.terms(batch)
+    norm = logit_gradient_norm(batch, terms)
+    return StepTelemetry(terms, norm, binned.scalars, binned.histograms, binned.accumulated)
+
+
+def _packed(values: Tensor, place: Tensor) -> Tensor:
+    """(B, T) → (N,)"""
+    if len(place) == values.numel():
+        return values.reshape(-1)
+    if values.stride(1) == 0:  # one value per sequence, which need not be spread out first
+        return values[:, 0][place // values.shape[1]]
+    return values.reshape(-1)[place]

@@ -1,0 +1,380 @@
+"""From a step that was handed over to committed files: one thread measures, one writes.
+
+The measuring thread never waits for the disk, so a step's summary is computed whatever the disk does. What waits for
+the disk is bounded: beyond the bound, tokens are dropped and counted, and only summaries wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from collectors import layout
+from collectors.intake import batch_bytes, sequence_sums
+from collectors.packing import Packed, measure_packed, pack
+from collectors.policy import TokenPolicy
+from collectors.ranks import parts_of
+from collectors.schema import StepKey, StepScalars, rollup_table
+from collectors.store import Rows, StoreWriter, without_tokens
+from collectors.token_rows import StepRows, TokenColumns, step_rows
+from mhpo_core.batch import Sequences, TokenBatch
+from mhpo_core.objectives import Objective
+from mhpo_core.telemetry import Scalar
+
+_LOG = logging.getLogger(__name__)
+
+WAITING_BYTES = 256 << 20
+"""Batches that may wait to be measured, and as much again that may wait for the disk."""
+
+WAITING_SUMMARIES = 4096
+QUEUED_SUMMARIES = 8192
+_RETRY_SECONDS = 1.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on its way, all tensors owned by it and on the CPU.
+
+    Args:
+        batch: packed where its terms allow that and padding is most of it; None where not even the memory for it was
+            left, its tokens are then counted as dropped.
+    """
+
+    key: StepKey
+    wall_time: float
+    batch: TokenBatch | Packed | None
+    sequences: Sequences
+    sequence_id: NDArray[np.int64]
+    trainer: StepScalars
+    scalars: dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to the run."""
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A step as it is written."""
+
+    key: StepKey
+    tables: tuple[Rows, ...]
+    rollup: pa.Table
+    incident: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(int(part.rows.nbytes) for part in self.tables)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request to the writing thread, which answers through the event."""
+
+    action: Callable[[], None]
+    done: threading.Event
+
+
+class Pipeline:
+    """Two threads between `put` and the store.
+
+    Args:
+        store: written by one of the threads alone from now on.
+        waits: block `put` while too much waits, in place of dropping tokens.
+    """
+
+    def __init__(
+        self, store: StoreWriter, objective: Objective, what: TokenPolicy, how: TokenColumns, *, waits: bool
+    ) -> None:
+        self._store, self._objective, self._what, self._how, self._waits = store, objective, what, how, waits
+        self._room = threading.Condition()
+        self._unmeasured = self._unwritten = 0  # bytes
+        self._summaries = 0  # steps that wait for the disk
+        self._lost = self._reported = 0  # steps of which nothing could be written, and those an event tells about
+        self._failure: Exception | None = None
+        self._waiting: deque[_Ready] = deque()  # what the disk has refused so far, and what came after it
+        self._end = Event("", "")
+        self._intake: queue.SimpleQueue[Step | Event | _Call | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Ready | Event | _Call | None] = queue.SimpleQueue()
+        self._threads = [
+            _start_on_one_core(self._measure_until_closed, "mhpo-measure"),
+            _start_on_one_core(self._write_until_closed, "mhpo-store"),
+        ]
+
+    def put(self, step: Step) -> None:
+        """Hand over a step; returns at once unless asked to wait for room."""
+        size = 0 if step.batch is None else batch_bytes(step.batch)
+        with self._room:
+            if self._waits:
+                self._room.wait_for(lambda: self._has_room(size) or not self._threads[1].is_alive())
+            elif self._unmeasured and self._unmeasured + size > WAITING_BYTES:
+                step, size = _without_batch(step), 0
+            self._unmeasured += size
+        self._intake.put(step)
+
+    def has_room(self, size: int) -> bool:
+        """True if a batch of that many bytes would be kept; asked before it is copied."""
+        with self._room:
+            return self._waits or not self._unmeasured or self._unmeasured + size <= WAITING_BYTES
+
+    def event(self, kind: str, detail: str) -> None:
+        """Note an event after the steps that were handed over before it."""
+        self._intake.put(Event(kind, detail))
+
+    def call(self, action: Callable[[], None]) -> threading.Event:
+        """Run an action in the writing thread after what was handed over before; the event is set when it is done."""
+        done = threading.Event()
+        self._intake.put(_Call(action, done))
+        return done
+
+    def flush(self, timeout: float | None) -> bool:
+        """True once everything handed over before is written; False after `timeout` seconds or if the disk refuses."""
+        if self._threads[1].is_alive() and not self.call(lambda: None).wait(timeout):
+            return False
+        return not self._waiting
+
+    def close(self, kind: str, detail: str) -> None:
+        """Write everything that waits, note how the run ended, then end both threads."""
+        self._end = Event(kind, detail)
+        self._intake.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _has_room(self, size: int) -> bool:
+        empty = not self._unmeasured and not self._unwritten
+        return empty or max(self._unmeasured, self._unwritten) + size <= WAITING_BYTES
+
+    def _measure_until_closed(self) -> None:
+        while (item := self._intake.get()) is not None:
+            if isinstance(item, Step):
+                self._measure(item)
+            else:
+                self._ready.put(item)
+        self._ready.put(None)
+
+    def _measure(self, step: Step) -> None:
+        size = 0 if step.batch is None else batch_bytes(step.batch)
+        try:
+            # a disk that hangs, and does not even refuse, must not fill the memory
+            ready = self._prepared(step) if self._summaries < QUEUED_SUMMARIES else None
+            if ready is None:
+                self._lost += 1
+            else:
+                with self._room:
+                    self._unwritten += ready.size
+                    self._summaries += 1
+                self._ready.put(ready)
+        finally:
+            with self._room:
+                self._unmeasured -= size
+                self._room.notify_all()
+
+    def _prepared(self, step: Step) -> _Ready | None:
+        """The step with its tokens; where that fails with its summary, else with what the trainer said of it."""
+        with self._room:
+            keeps_tokens = self._waits or self._unwritten <= WAITING_BYTES
+        for part, keeps in ((step, keeps_tokens), (step, False), (_without_batch(step), False)):
+            try:
+                return prepare(part, self._objective, self._what, self._how, self._store.world_size, keeps)
+            except Exception as error:  # the trainer must go on whatever happens to its telemetry
+                self._warn(error)
+        return None
+
+    def _write_until_closed(self) -> None:
+        while (item := self._next()) is not None:
+            if isinstance(item, _Ready):
+                self._waiting.append(item)
+            self._drain()
+            if isinstance(item, Event):
+                self._try(self._report_lost)
+                self._try(partial(self._store.event, item.kind, item.detail))
+            elif isinstance(item, _Call):
+                self._try(item.action)
+                item.done.set()
+            elif not self._waiting and self._ready.empty():
+                self._try(self._report_lost)
+        self._drain()
+        self._lost += len(self._waiting)
+        if self._try(self._report_lost) is not None:
+            _LOG.warning("Recorder: %d steps of %s are lost.", self._lost - self._reported, self._store.storage.url)
+        # the last event of a run says how it ended
+        self._try(partial(self._store.event, self._end.kind, self._end.detail))
+        self._try(self._store.seal)
+
+    def _next(self) -> _Ready | Event | _Call | None:
+        """The next item; while steps wait for a disk that failed, at most a second passes between two tries."""
+        while True:
+            try:
+                return self._ready.get(timeout=_RETRY_SECONDS if self._waiting else None)
+            except queue.Empty:
+                self._drain()
+
+    def _drain(self) -> None:
+        """Write what waits, in order; stops at the first step that the disk refuses."""
+        while self._waiting:
+            ready = self._waiting[0]
+            error = self._try(partial(self._store.commit_step, ready.key, ready.tables, ready.rollup))
+            # other errors are the disk's and may pass
+            lasts = not isinstance(error, OSError) or error.errno == errno.EFBIG
+            if error is None:
+                self._forget(self._waiting.popleft().size, steps=1)
+                if ready.incident:
+                    self._try(partial(self._store.retention.pin, ready.incident, ready.key.step))
+            elif ready.tables and (lasts or getattr(error, "errno", None) in _FULL):
+                # a summary may still fit where tokens do not, and it is worth more
+                self._strip(0)
+            elif lasts:
+                self._give_up()
+            else:
+                break
+        self._bound()
+
+    def _bound(self) -> None:
+        """While the disk refuses, tokens wait only as far as there is room, and so many summaries."""
+        for index in range(len(self._waiting)):
+            if self._unwritten <= WAITING_BYTES:
+                break
+            self._strip(index)
+        while len(self._waiting) > WAITING_SUMMARIES:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._forget(self._waiting.popleft().size, steps=1)
+        self._lost += 1
+
+    def _strip(self, index: int) -> None:
+        if self._waiting[index].tables:
+            self._forget(self._waiting[index].size)
+            self._waiting[index] = _without_tokens(self._waiting[index])
+
+    def _forget(self, size: int, steps: int = 0) -> None:
+        with self._room:
+            self._unwritten -= size
+            self._summaries -= steps
+            self._room.notify_all()
+
+    def _report_lost(self) -> None:
+        if self._lost > self._reported:
+            why = f"writing failed: {self._failure}" if self._failure else "the disk could not keep up"
+            self._store.event("dropped", f"{self._lost - self._reported} steps: {why}")
+            self._reported, self._failure = self._lost, None
+
+    def _try(self, action: Callable[[], Any]) -> Exception | None:
+        """Returns what went wrong; the trainer must go on whatever happens to its telemetry."""
+        try:
+            action()
+            return None
+        except Exception as error:
+            self._warn(error)
+            return error
+
+    def _warn(self, error: Exception) -> None:
+        if self._failure is None:
+            _LOG.warning(
+                "Recorder: a step of %s could not be written (%s); training goes on.", self._store.storage.url, error
+            )
+        self._failure = error
+
+
+def prepare(
+    step: Step, objective: Objective, what: TokenPolicy, how: TokenColumns, world_size: int, keeps_tokens: bool
+) -> _Ready:
+    """Measure a step and make the rows that are written of it."""
+    given: dict[str, Scalar] = {"world_size": world_size, "wall_time": step.wall_time}
+    given |= {"kept_tokens": 0, "ring_tokens": 0}
+    if step.batch is None:
+        sequences_alone = {"sequences": sequence_sums(step.sequences)} if world_size > 1 else None
+        return _Ready(step.key, (), rollup_table(step.key, given, step.scalars, [], step.trainer, sequences_alone))
+    whole = step.batch if isinstance(step.batch, TokenBatch) else None
+    packed = step.batch if isinstance(step.batch, Packed) else pack(step.batch)
+    telemetry = measure_packed(None if objective.follows_from_ratio else whole, packed, objective)
+    rows: StepRows | None = None
+    scalars: dict[str, Scalar] = telemetry.scalars | step.scalars
+    if keeps_tokens:
+        rows = step_rows(step.key, packed, telemetry, step.sequences, step.sequence_id, what, how)
+        given |= {"kept_tokens": _count(rows.kept), "ring_tokens": _count(rows.ring)}
+    else:
+        scalars["dropped_tokens"] = scalars["n_tokens"]
+    parts = parts_of(telemetry.accumulated, sequence_sums(step.sequences)) if world_size > 1 else None
+    rollup = rollup_table(step.key, given, scalars, telemetry.histograms, step.trainer, parts)
+    return _Ready(step.key, _tables(rows), rollup, _incident(step, scalars))
+
+
+def _tables(rows: StepRows | None) -> tuple[Rows, ...]:
+    if rows is None:
+        return ()
+    parts = (
+        (layout.TOKENS, layout.HOT, rows.kept),
+        (layout.TOKENS, layout.RING, rows.ring),
+        (layout.SEQUENCES, layout.HOT, rows.sequences),
+        (layout.SEQUENCES, layout.RING, rows.texts),
+    )
+    return tuple(Rows(table, level, found) for table, level, found in parts if found is not None and len(found))
+
+
+def _incident(step: Step, scalars: dict[str, Scalar]) -> str:
+    """Why the ring should be pinned at this step; empty if nothing is wrong."""
+    if scalars.get("nonfinite_count"):
+        return f"{scalars['nonfinite_count']} non-finite tokens at step {step.key.step}"
+    loss = scalars.get("loss")
+    if loss is not None and not np.isfinite(loss):
+        return f"loss {loss} at step {step.key.step}"
+    return ""
+
+
+def _count(rows: pa.Table | None) -> int:
+    return 0 if rows is None else len(rows)
+
+
+def _without_batch(step: Step) -> Step:
+    if step.batch is None:
+        return step
+    n_tokens = len(step.batch.row) if isinstance(step.batch, Packed) else int(step.batch.mask.sum())
+    return replace(step, batch=None, scalars=step.scalars | {"n_tokens": n_tokens, "dropped_tokens": n_tokens})
+
+
+def _without_tokens(ready: _Ready) -> _Ready:
+    rollup = ready.rollup
+    for part in ready.tables:
+        if part.table == layout.TOKENS:
+            rollup = without_tokens(rollup, part.level, len(part.rows))
+    return replace(ready, tables=(), rollup=rollup)
+
+
+def _start_on_one_core(work: Callable[[], None], name: str) -> threading.Thread:
+    """A thread whose tensor operations use no second core.
+
+    Otherwise OpenMP gives it a team of its own, whose threads spin on the cores that the trainer's team needs: on two
+    cores that cost a third of the trainer's speed, for 16 ms of work per step.
+    """
+    trainer_threads = torch.get_num_threads()
+    limited = threading.Event()
+
+    def run() -> None:
+        torch.get_num_threads()  # a thread takes the process's number at its first operation; take it now, then change
+        torch.set_num_threads(1)
+        limited.set()
+        work()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    limited.wait()
+    torch.set_num_threads(trainer_threads)  # the number of the process, which the new thread has changed too
+    return thread
