@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
         disk_limit=options.disk_limit,
         fsync=options.fsync,
     )
-    print(f"Recording {recorder.describe()}", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(f"Recording {recorder.describe()}", file=sys.stderr)
     checkpoint = folder / "checkpoint"
     progress = _TerminalProgress(folder)
     with recorder:

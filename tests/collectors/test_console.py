@@ -164,6 +164,7 @@ def test_a_with_name_ends_with_its_query(console: Console) -> None:
     refusal(console, "SELECT * FROM (WITH hidden AS (SELECT 1) FROM hidden), hidden")
     refusal(console, "WITH a AS (FROM b), b AS (SELECT 1) FROM a")
     refusal(console, "WITH hidden AS (FROM hidden) FROM hidden")
+    refusal(console, "WITH a AS (SELECT 1), hidden AS (FROM hidden) FROM a")
     refusal(console, "WITH RECURSIVE hidden AS (FROM hidden UNION ALL FROM hidden) FROM hidden")
     refusal(console, 'WITH "a.csv" AS (SELECT 1) FROM a.csv')
     assert console.query("WITH a AS (SELECT 1 AS k), b AS (FROM a) SELECT k FROM (FROM b)").to_pylist() == [{"k": 1}]
@@ -300,6 +301,11 @@ def test_memory_is_limited_and_the_console_goes_on(place: Place) -> None:
             assert console.query("SELECT count(*) AS n FROM steps").to_pylist() == [{"n": 4}]
         with pytest.raises(StoreError, match="50MB, the memory allowed"):
             console.stream("SELECT * FROM range(100000000) ORDER BY hash(range)").read_all()
+        later = "FROM range(500000) UNION ALL SELECT range FROM (FROM range(100000000) ORDER BY hash(range))"
+        reader = console.stream(later)
+        assert reader.read_next_batch().num_rows > 0
+        with pytest.raises(StoreError, match="50MB, the memory allowed"):
+            reader.read_all()
     assert place.files() == place.before, "nothing is spilled to disk"
 
 
@@ -314,7 +320,8 @@ def test_memory_is_limited_and_the_console_goes_on(place: Place) -> None:
         ("SELECT * FROM " + "(SELECT * FROM " * 400 + "steps" + ")" * 400, "nested too deeply"),
         ("SELECT " + "(" * 6000 + "1" + ")" * 6000, "depth"),
         ("SELECT " + "1 + " * 6000 + "1", "20,000"),
-        ("SELECT '\ud800'", "surrogate"),
+        ("SELECT '\ud800'", "half of a surrogate pair"),
+        ("SELECT '\0'", "a NUL character"),
     ],
 )
 def test_what_cannot_be_interrupted_is_refused(sql: str, told: str, console: Console) -> None:
@@ -505,7 +512,7 @@ def test_a_stream_has_the_batches_asked_for(console: Console) -> None:
     ("sql", "told"),
     [
         ("selec", 'syntax error at or near "selec"'),
-        ("SELECT y FROM steps", 'Referenced column "y" not found in FROM clause! Candidate bindings: "s"'),
+        ("SELECT y FROM steps", 'query: Referenced column "y" not found in FROM clause! Candidate bindings: "s"'),
         ("FROM stesp", "table 'stesp' is not available, allowed are nested, steps. Did you mean steps?"),
         ("FROM hidden", "table 'hidden' is not available, allowed are nested, steps. Use one of them."),
         ("SELECT quantile_con(x) FROM steps", "Did you mean quantile_cont or quantile_disc?"),

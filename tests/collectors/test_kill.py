@@ -18,6 +18,7 @@ from tests.collectors.support import B, column, new_recorder, rows, token_batch
 from tests.collectors.writer import SEEDS, writing
 
 RUNS, KILLS = 5, 5
+MANY_RUNS = 40  # 200 kills; the first runs are part of every test run, the others of `make test-slow`
 
 
 def state_of(run: Path) -> str:
@@ -57,7 +58,9 @@ def expected_tokens(seed: int) -> tuple[int, object]:
 EXPECTED = [expected_tokens(seed) for seed in range(SEEDS)]
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize(
+    "seed", [*range(RUNS), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(RUNS, MANY_RUNS))]
+)
 def test_kills_at_random_moments(tmp_path, seed):
     chance = random.Random(seed)
     run, seen, resumed = tmp_path / "run", [], 0

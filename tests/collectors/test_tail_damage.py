@@ -115,17 +115,17 @@ class Failing(LocalStorage):
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_read_that_fails_is_made_up_for_by_the_next(tmp_path, after):
     storage = Failing(make_run(tmp_path / "run").local)
-    table = whole_rows(list(range(6)))
+    table = whole_rows(list(range(10)))
     tail = RunTail(storage, NAMES)
-    for first in (0, 3):
-        write_rows(storage, table.slice(first, 2))
-        write_rows(storage, table.slice(first + 2, 1))
-        storage.error, storage.after = OSError("no answer"), min(after, 1 + first // 3)
+    for first in (0, 5):
+        for row, size in ((0, 2), (2, 2), (4, 1)):
+            write_rows(storage, table.slice(first + row, size))
+        storage.error, storage.after = OSError("no answer"), after
         with pytest.raises(OSError, match="no answer"):
             tail.poll()
         storage.error = None
-        assert tail.poll() and tail.n_steps == first + 3
-        check_windows(tail, Written(storage, [table.slice(0, first + 3)]))
+        assert tail.poll() and tail.n_steps == first + 5
+        check_windows(tail, Written(storage, [table.slice(0, first + 5)]))
 
 
 def test_a_file_that_is_removed_while_it_is_read_was_sealed(tmp_path):

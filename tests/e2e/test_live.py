@@ -16,6 +16,7 @@ import torch
 
 from collectors import Recorder, open_run
 from mhpo_core import Sequences, TokenBatch
+from tests.collectors.rollups import make_long_run
 from tests.e2e.conftest import ROOT, Watched, mhpo, running, wait_until
 
 HOSTILE = "<img src=x onerror=window.__xss=1>"
@@ -189,3 +190,28 @@ def test_training_beside_the_page_prints_nothing_in_a_pipe(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1 and "4 steps" in done.stdout
+
+
+def test_a_zoom_into_a_long_run_is_drawn_in_single_steps(
+    tmp_path: Path, dashboard: Callable[[Path], str], watch: Callable[..., Watched]
+) -> None:
+    make_long_run(tmp_path / "runs" / "long", 6000)
+    page = watch(dashboard(tmp_path / "runs"))
+    page.wait_drawn()
+    plot = "document.querySelector('.mhpo-plot')"
+    # what Plotly has decoded
+    spacing = f"(() => {{ const x = {plot}._fullData.find((t) => t.type === 'heatmap').x; return x[1] - x[0]; }})()"
+    before = page.page.evaluate(spacing)
+    assert before >= 4
+    zoom = f"globalThis.Plotly.relayout({plot}, {{'xaxis.range[0]': 2000, 'xaxis.range[1]': 2300}})"
+    first = int(page.board("renders"))
+    page.page.evaluate(zoom)
+    wait_until(lambda: int(page.board("renders")) > first, 20, "the answer of the server")
+    wait_until(lambda: page.page.evaluate(spacing) == 1, 20, "columns of one step")
+    shown = page.page.evaluate(f"{plot}.layout.xaxis.range.map(Math.round)")
+    assert shown == [2000, 2300]
+    second = int(page.board("renders"))
+    page.page.evaluate(f"globalThis.Plotly.relayout({plot}, {{'xaxis.autorange': true}})")
+    wait_until(lambda: int(page.board("renders")) > second, 20, "all steps again")
+    wait_until(lambda: page.page.evaluate(spacing) == before, 20, "columns as before")
+    assert page.problems == []
