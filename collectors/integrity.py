@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -163,7 +163,10 @@ def _check_vocabulary(storage: Storage, found: Verification) -> None:
 def _check_whole(storage: Storage, found: Verification) -> None:
     """What no single file tells: steps that two files hold, and committed steps whose rows are gone."""
     wrong = {f.name for f in found.findings}
+    sealed = {t: layout.list_level(storage, t, layout.SEALED) for t in (layout.TOKENS, layout.SEQUENCES)}
+    # after the tables whose rows are written before
     rollup = [f for f in layout.list_table(storage, layout.ROLLUP) if f.name not in wrong]
+    found.findings += _without_summary(storage, sealed, rollup, found.findings)
     for table in layout.STEP_TABLES:
         found.findings += _doubled(layout.list_level(storage, table, layout.HOT), wrong)
     tokens = [f for f in layout.list_table(storage, layout.TOKENS) if f.name not in wrong]
@@ -183,6 +186,25 @@ def _check_whole(storage: Storage, found: Verification) -> None:
             if lost and not any(first <= row["step"] <= last for first, last in reported):
                 detail = f"{row['kept_tokens']:,} tokens of a committed step are not there"
                 found.findings.append(Finding("missing", layout.TOKENS, (row["step"], row["step"]), detail))
+
+
+def _without_summary(
+    storage: Storage, sealed: dict[str, list[StepFile]], rollup: list[StepFile], known: list[Finding]
+) -> list[Finding]:
+    """Steps that were sealed, so they had been committed, and whose summaries are gone."""
+    committed = layout.Coverage(rollup)
+    reported = [f.steps for f in known if f.steps and f.name.startswith(layout.ROLLUP)]
+    gone = {
+        (file.first, file.last)
+        for files in sealed.values()
+        for file in files
+        if not committed.holds(replace(file, first=file.last)) and storage.exists(file.name)
+    }
+    return [
+        Finding("missing", layout.ROLLUP, steps, "the summaries of steps with tokens or sequences are not there")
+        for steps in sorted(gone)
+        if not any(first <= steps[1] <= last for first, last in reported)
+    ]
 
 
 def _doubled(files: Iterable[StepFile], wrong: set[str]) -> list[Finding]:

@@ -96,10 +96,9 @@ class Window:
         self._append(concatenate([newest, new]))
 
     def _append(self, new: Bins) -> None:
+        """Append bins whose names begin with those of the room."""
         if new.metrics.names != self._room.metrics.names or new.gradients.names != self._room.gradients.names:
-            metrics = list(dict.fromkeys([*self._room.metrics.names, *new.metrics.names]))
-            gradients = list(dict.fromkeys([*self._room.gradients.names, *new.gradients.names]))
-            self._room, new = self._room.select(metrics, gradients), new.select(metrics, gradients)
+            self._room = self._room.select(new.metrics.names, new.gradients.names)
         if self.forgets:
             self._append_newest(new.rows(slice(-self.capacity, None)))
         elif self.size + new.size > self.capacity:

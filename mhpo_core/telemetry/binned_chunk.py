@@ -93,7 +93,7 @@ class _Chunk:
         bits = int(sum(p.total(u) for u, p in zip(units, self.panels, strict=True))).bit_length()
         n_places = sum(p.mask.size for p in self.panels)
         # count and weight share 63 bits; weights that do not fit lose their last ones
-        lost = 0
+        lost = max(0, bits + n_places.bit_length() - 63)
         quantity = self._open("log_ratio", FINE, 1 << (bits - lost))
         code, done = self.buffers.get("codes", n_places, np.int32), 0
         for panel, own in zip(self.panels, units, strict=True):
@@ -125,7 +125,8 @@ class _Chunk:
                 self._look(block, others)
 
     def _open(self, name: str, shift: int, unit: float) -> Quantity:
-        table = self.buffers.get(name, self.n_sides * CODES, np.int64 if isinstance(unit, int) else np.float64)
+        n_sides = self.n_sides if name == "log_ratio" or name in self.wanted else 1
+        table = self.buffers.get(name, n_sides * CODES, np.int64 if isinstance(unit, int) else np.float64)
         refine_from = 0.0 if self.n_tokens <= _FEW else _FAR
         self.quantities[name] = Quantity(table, shift, unit, refine_from if shift == FINE else np.inf)
         return self.quantities[name]
@@ -215,8 +216,7 @@ def _values(name: str, block: Block, weight: Values) -> Values:
 def _norm(block: Block, weight: Values) -> Values:
     """(R, C) `logit_gradient_norm`."""
     out, zeros = block.buffer("values", np.float32), block.zeros()
-    np.copyto(out, block.get("logp_new"), casting="same_kind")
-    np.expm1(out, out=out)
+    np.expm1(block.get("logp_new"), out=out, casting="same_kind")
     rest = block.buffer("rest", np.float32)
     np.add(out, np.float32(1), out=rest)
     # a log-probability a rounding error above 0 is a probability of 1
@@ -233,7 +233,7 @@ def _norm(block: Block, weight: Values) -> Values:
         np.negative(out, out=out)
     np.multiply(out, weight, out=out)
     # without a weight there is no gradient, whatever the probabilities are
-    if math.isnan(out.sum()):
+    if math.isnan(float(torch.from_numpy(out).sum())):
         out[weight == 0] = 0
     return out
 

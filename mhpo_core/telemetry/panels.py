@@ -5,6 +5,7 @@ Shape letters: B sequences, T response tokens, R rows and C tokens of a row of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,7 +19,7 @@ from mhpo_core.batch import TokenBatch
 
 BLOCK = 1 << 17
 """Tokens of a block: enough that calling numpy costs little, few enough for the caches of a core."""
-CHUNK = 1 << 20
+CHUNK = 1 << 21
 """Tokens of a chunk. Memory and rounding errors grow with it; what a chunk costs at least is spread over its tokens."""
 SHORT_ROW = 32
 """Shorter rows are laid end to end by sign: a loop over many short rows costs more than moving their tokens."""
@@ -87,9 +88,13 @@ class Block:
         self._panel, self._place, self._buffers = panel, (rows, columns), buffers
         self.mask, self.side = panel.mask[rows, columns], panel.side[rows]
         self.side_code = (self.side * CODES).astype(np.int32)[:, None]
-        masked, self._drop = self.buffer("masked", np.int8), self.buffer("drop", np.int32)
-        np.subtract(self.mask.view(np.int8), np.int8(1), out=masked)
-        np.copyto(self._drop, masked)
+        self._all_train = bool(self.mask.all())
+        # all bits set where a token does not train
+        self._drop = self.buffer("drop", np.int32)
+        if not self._all_train:
+            masked = self.buffer("masked", np.int8)
+            np.subtract(self.mask.view(np.int8), np.int8(1), out=masked)
+            np.copyto(self._drop, masked)
 
     def buffer(self, name: str, dtype: type) -> NDArray[Any]:
         """Memory of this name, (R, C)."""
@@ -120,11 +125,15 @@ class Block:
 
     def hide(self, values: Values) -> None:
         """Write NaN where a token does not train."""
+        if self._all_train:
+            return
         bits = values.view(np.int32 if values.dtype == np.float32 else np.int64)
         np.bitwise_or(bits, self._drop, out=bits)
 
     def trained(self, values: Values) -> Values:
-        """The values with 0 where a token does not train."""
+        """The values with 0 where a token does not train; not to be written to."""
+        if self._all_train:
+            return values
         bits: type = np.int32 if values.dtype == np.float32 else np.int64
         keep, found = self.buffer("keep", np.int32), self.buffer("trained", bits)
         np.invert(self._drop, out=keep)
@@ -133,11 +142,13 @@ class Block:
 
 
 def chunks(batch: TokenBatch) -> Iterator[tuple[int, list[Panel]]]:
-    """The batch by whole sequences, about CHUNK tokens at a time: number of sequences that train, and panels.
+    """The batch by whole sequences, in equal parts of up to about CHUNK tokens; those without a token are left out.
 
-    Parts without a token are left out.
+    Yields:
+        number of sequences with a token, and panels.
     """
-    height = max(1, CHUNK // batch.mask.shape[1])
+    n_chunks = math.ceil(batch.mask.numel() / CHUNK)
+    height = math.ceil(batch.n_sequences / n_chunks)
     present = {f.name: value.detach() for f in fields(batch) if (value := getattr(batch, f.name)) is not None}
     for row in range(0, batch.n_sequences, height):
         part = {name: value[row : row + height] for name, value in present.items()}

@@ -53,7 +53,8 @@ def run() -> Iterator[str]:
     measured = measure_packed(batch, packed, _OBJECTIVE)
     with tempfile.TemporaryDirectory() as folder:
         yield from _writing(packed, measured, Path(folder))
-        yield from _hand_off(batch, Path(folder))
+        yield from _hand_off(step_batch(TOKENS, mean_length=1600, longest=801), Path(folder) / "dense")
+        yield from _hand_off(batch, Path(folder) / "padded")
         yield from _reading(packed, measured, Path(folder))
         yield from _compacting(Path(folder))
 
@@ -157,6 +158,7 @@ def _hand_off(batch: Any, folder: Path) -> Iterator[str]:
     """What the training thread spends, against writing in line and against a copy of the same bytes."""
     inputs = [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]
     copies, handed, inline = [], [], []
+    folder.mkdir()
     with Recorder(folder / "hand-off", objective=_OBJECTIVE, tokens="all", fsync="never", disk_limit=None) as recorder:
         for step in range(12):
             started = time.thread_time()

@@ -80,6 +80,7 @@ def test_missing_levels_can_be_written_later(tmp_path):
         zoom.write_missing(written.storage, write)
         for level in LEVELS:
             assert {f.name for f in layout.list_level(written.storage, layout.ROLLUP, level)} == names[level]
+    zoom.write_missing(written.storage, lambda *_: pytest.fail("nothing is missing"))
     # of steps that were removed nothing can be written
     for name in names["x8"] | names["x512"]:
         written.storage.delete(name)
