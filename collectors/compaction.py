@@ -20,12 +20,12 @@ from collectors.layout import StepFile
 from collectors.storage import Storage
 from collectors.upgrade import upgrade
 from collectors.writers import has_writer
-from collectors.zoom import ZoomWriter
+from collectors.zoom import write_missing
 
 FILE_BYTES = 128 << 20
 """A file grows to about this size."""
 
-FILE_STEPS = {layout.ROLLUP: 8192}
+FILE_STEPS = {layout.ROLLUP: 1024}
 _SECONDS_FOR_READERS = 5.0
 Progress = Callable[[str, int, int], None]
 
@@ -159,8 +159,7 @@ def _complete_zoom(storage: Storage) -> None:
         if not storage.exists(name):
             storage.write(name, data, fsync=True)
 
-    for attempt in sorted({f.attempt for f in rollup}):
-        ZoomWriter.resume(storage, attempt, rollup[0].rank, write)
+    write_missing(storage, write)
 
 
 def _remove_covered(storage: Storage, live: bool, wait: float) -> None:
