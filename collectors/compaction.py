@@ -7,6 +7,7 @@ Wherever this is interrupted, the run is whole; the next compaction goes on.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from collectors import layout
 from collectors.encoding import encode, read_rows
 from collectors.integrity import is_intact
 from collectors.layout import StepFile
+from collectors.state import run_state
 from collectors.storage import Storage
 from collectors.upgrade import upgrade
 from collectors.writers import has_writer
@@ -66,10 +68,12 @@ def compact(
         StoreError: there is no run, or its run.json cannot be read.
         OSError: the place cannot be written; nothing is lost.
     """
-    live = bool(has_writer(storage))
+    live = _is_live(storage)
     if not live:
         upgrade(storage)
     layout.read_manifest(storage)
+    if not live:
+        _remove_pinned_from_ring(storage)
     before = _files(storage)
     skipped: list[str] = []
     groups = list(_groups(storage, live, file_bytes))
@@ -85,6 +89,21 @@ def compact(
     )
 
 
+def _is_live(storage: Storage) -> bool:
+    alive = has_writer(storage)
+    # a bucket has no locks, so only the writer's last word tells
+    return run_state(storage).name == "running" if alive is None else alive
+
+
+def _remove_pinned_from_ring(storage: Storage) -> None:
+    """A dead writer may have left both names of a file; the one of a merged file would not tell that it is there."""
+    for table in (layout.TOKENS, layout.SEQUENCES):
+        pinned = {file.base for file in layout.list_level(storage, table, layout.PINNED)}
+        for file in layout.list_level(storage, table, layout.RING):
+            if file.base in pinned:
+                storage.delete(file.name)
+
+
 def _files(storage: Storage) -> list[StepFile]:
     return [
         file
@@ -96,29 +115,46 @@ def _files(storage: Storage) -> list[StepFile]:
 
 def _groups(storage: Storage, live: bool, file_bytes: int) -> Iterator[tuple[str, str, list[StepFile]]]:
     """Table, target level and the neighbouring files that become one."""
+    left = layout.list_left(storage)
     rollup = layout.list_table(storage, layout.ROLLUP)
     for table in layout.STEP_TABLES:
-        chosen = {layout.SEALED: rollup if table == layout.ROLLUP else layout.list_committed(storage, table, rollup)}
-        if table != layout.ROLLUP:
-            ring = layout.list_ring(storage, table, rollup)
-            chosen |= {layout.PINNED: ring[layout.PINNED]} | ({} if live else {layout.RING: ring[layout.RING]})
-        for level, files in chosen.items():
-            # hot files belong to a living writer, which seals them itself
-            usable = [f for f in files if not (live and f"/{layout.HOT}/" in f.name)]
-            ordered = sorted(usable, key=lambda f: (f.attempt, f.rank, f.first))
+        for level, files, between in _levels(storage, table, rollup, left, live):
+            ordered = sorted(files + between, key=lambda f: (f.attempt, f.rank, f.first))
             for _, alike in groupby(ordered, key=lambda f: (f.attempt, f.rank)):
-                yield from ((table, level, g) for g in _cut(list(alike), table, file_bytes) if len(g) > 1)
+                groups = _cut(list(alike), set(between), table, file_bytes)
+                yield from ((table, level, group) for group in groups if len(group) > 1)
 
 
-def _cut(files: list[StepFile], table: str, file_bytes: int) -> Iterator[list[StepFile]]:
+def _levels(
+    storage: Storage, table: str, rollup: list[StepFile], left: set[str], live: bool
+) -> Iterator[tuple[str, list[StepFile], list[StepFile]]]:
+    """Level, its files, and files that no merged one may span, because it would pass for them."""
+    damaged: list[StepFile] = []
+    if table == layout.ROLLUP:
+        files = layout.list_table(storage, table, damaged)
+    else:
+        files = layout.list_committed(storage, table, rollup, damaged)
+    whole = layout.Coverage(files)
+    # hot files belong to a living writer, which seals them itself
+    apart = {f for f in files if live and layout.is_hot(f)}
+    usable = [f for f in files if f not in apart]
+    yield layout.SEALED, usable, [*apart, *(f for f in damaged if not whole.holds(f))]
+    if table != layout.ROLLUP and not live:
+        ring = layout.list_ring(storage, table, rollup, left, damaged := [])
+        yield layout.PINNED, ring[layout.PINNED], ring[layout.RING] + damaged
+        yield layout.RING, ring[layout.RING], ring[layout.PINNED] + damaged
+
+
+def _cut(files: list[StepFile], between: set[StepFile], table: str, file_bytes: int) -> Iterator[list[StepFile]]:
     group: list[StepFile] = []
     size, steps = 0, FILE_STEPS.get(table, 1 << 60)
     for file in files:
-        if group and (size + file.size > file_bytes or file.last - group[0].first >= steps):
+        if group and (file in between or size + file.size > file_bytes or file.last - group[0].first >= steps):
             yield group
             group, size = [], 0
-        group.append(file)
-        size += file.size
+        if file not in between:
+            group.append(file)
+            size += file.size
     if group:
         yield group
 
@@ -163,22 +199,32 @@ def _complete_zoom(storage: Storage) -> None:
 
 
 def _remove_covered(storage: Storage, live: bool, wait: float) -> None:
-    """Delete the files that a larger one covers; first those of rollup, without which no step is visible."""
-    spare = []
+    """Delete the files that a larger one covers, unless that one is damaged and they are the better copy."""
+    spare: list[StepFile] = []
     for table in layout.STEP_TABLES:
-        everywhere = [layout.list_level(storage, table, level) for level in (layout.HOT, layout.SEALED)]
-        kept = {f.name for f in layout.without_covered([f for files in everywhere for f in files])}
-        spare += [f for files in everywhere for f in files if f.name not in kept and not (live and _is_hot(f))]
-        if table != layout.ROLLUP:
-            for level in (layout.RING, layout.PINNED):
-                files = layout.list_level(storage, table, level)
-                kept = {f.name for f in layout.without_covered(files)}
-                spare += [f for f in files if f.name not in kept and not live]
+        hot, sealed, *others = (layout.list_level(storage, table, level) for level in layout.LEVELS[table][:4])
+        spare += [f for f in _covered(storage, hot + sealed) if not (live and layout.is_hot(f))]
+        if table != layout.ROLLUP and not live:
+            spare += [f for files in others for f in _covered(storage, files)]
     if spare and wait:
         time.sleep(wait)
     for file in spare:
         storage.delete(file.name)
 
 
-def _is_hot(file: StepFile) -> bool:
-    return f"/{layout.HOT}/" in file.name
+def _covered(storage: Storage, files: list[StepFile]) -> list[StepFile]:
+    """The files that an intact one holds."""
+    over: dict[tuple[int, int], list[StepFile]] = {}
+    for file in layout.without_covered(files):
+        over.setdefault((file.attempt, file.rank), []).append(file)
+    kept = {file.name for found in over.values() for file in found}
+    intact: dict[str, bool] = {}
+    spare = []
+    for file in files:
+        found = over[(file.attempt, file.rank)]
+        holder = found[max(bisect_right(found, file.first, key=lambda f: f.first) - 1, 0)]
+        if file.name not in kept and holder.first <= file.first and file.last <= holder.last:
+            if holder.name not in intact:
+                intact[holder.name] = is_intact(storage, holder)
+            spare += [file] if intact[holder.name] else []
+    return spare

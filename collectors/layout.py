@@ -174,19 +174,32 @@ def list_committed(
     return [f for f in list_table(storage, table, damaged) if f.first != f.last or committed.holds(f)]
 
 
+def list_left(storage: Storage) -> set[str]:
+    """Names of files that have left the ring but may still be read.
+
+    Listed before the steps, so that a ring of K steps shows K even when more are written between the two listings.
+    """
+    return {name for table in (TOKENS, SEQUENCES) for name in storage.list(f"{table}/{LEFT}")}
+
+
 def list_ring(
-    storage: Storage, table: str, rollup: Iterable[StepFile], damaged: list[StepFile] | None = None
+    storage: Storage,
+    table: str,
+    rollup: Iterable[StepFile],
+    left: Iterable[str],
+    damaged: list[StepFile] | None = None,
 ) -> dict[str, list[StepFile]]:
     """Level → committed files of the flight recorder; one that was pinned is not in its ring any more.
 
     What was pinned counts as committed: it stays readable even where its step's summary had to go.
+
+    Args:
+        left: what `list_left` found before `rollup` was listed.
     """
     committed = Coverage(rollup)
-    # before the ring, so that what leaves it meanwhile counts, as it does in the listing of the steps
-    left = storage.list(f"{table}/{LEFT}")
     ring = [f for f in list_hot(storage, table, RING, damaged) if committed.holds(f)]
     pinned = without_covered(list_level(storage, table, PINNED, damaged))
-    gone = {f.base for f in pinned} | left.keys()
+    gone = {f.base for f in pinned} | set(left)
     return {RING: without_covered([f for f in ring if f.base not in gone]), PINNED: pinned}
 
 

@@ -191,6 +191,7 @@ def open_run(path: str | Path) -> Run:
 
 def list_run(storage: Storage) -> RunFiles:
     """Files of rollup, and of the other tables for the same steps and no later ones."""
+    left = layout.list_left(storage)
     for _ in range(_ATTEMPTS):
         damaged: list[StepFile] = []
         rollup = layout.list_table(storage, layout.ROLLUP, damaged)
@@ -200,7 +201,7 @@ def list_run(storage: Storage) -> RunFiles:
         sealed = [f for files in steps.values() for f in files if f.first != f.last]
         if all(committed.holds(replace(f, first=f.last)) for f in sealed):
             break
-    ring = {t: layout.list_ring(storage, t, rollup, damaged) for t in (layout.TOKENS, layout.SEQUENCES)}
+    ring = {t: layout.list_ring(storage, t, rollup, left, damaged) for t in (layout.TOKENS, layout.SEQUENCES)}
     found = {
         "raw_rollup": rollup,
         "raw_tokens": steps[layout.TOKENS],

@@ -374,10 +374,11 @@ def without_texts(rows: pa.Table) -> pa.Table:
 def pin_ring(storage: Storage) -> list[StepFile]:
     """Keep all steps of the ring of every rank for good; any process may ask, whether or not the run has a writer."""
     pinned = []
+    left = layout.list_left(storage)
     # a step whose summary is not there yet may never get one
     rollup = layout.list_table(storage, layout.ROLLUP)
     for table in (layout.TOKENS, layout.SEQUENCES):
-        for file in layout.list_ring(storage, table, rollup)[layout.RING]:
+        for file in layout.list_ring(storage, table, rollup, left)[layout.RING]:
             storage.copy(file.name, f"{table}/{layout.PINNED}/{file.base}")
             pinned.append(file)
     return pinned

@@ -131,9 +131,13 @@ class StoreWriter:
         files = [f for f in layout.list_table(self.storage, layout.SEQUENCES) if f.rank == self.rank]
         first = self.rank << 40  # ids of different ranks differ
         for file in sorted(files, key=lambda f: (f.attempt, f.last), reverse=True):
-            with contextlib.suppress(pa.ArrowException, OSError):  # a damaged file is the reader's to report
+            try:
                 ids = read_rows(self.storage.read(file.name), ["sequence_id"])["sequence_id"].to_pylist()
                 return int(max([first - 1, *(i for i in ids if i is not None)])) + 1
+            except FileNotFoundError:  # compacted by another process; the file before would give ids a second time
+                return self._next_sequence_id()
+            except (pa.ArrowException, OSError):  # a damaged file is the reader's to report
+                continue
         return first
 
     def _clean_up(self, committed: list[layout.StepFile]) -> None:

@@ -14,9 +14,12 @@ from collectors.encoding import encode, read_rows
 from collectors.layout import StepFile
 from collectors.schema import EVENT_SCHEMA, ROLLUP_SCHEMA, SEQUENCE_SCHEMA, TOKEN_SCHEMA
 from collectors.storage import Storage
+from collectors.writers import is_held
+from mhpo_core.errors import StoreError
 
 OLDER = (1, 2)
 _OLD_NAME = re.compile(r"s(\d{9,18})(?:-(\d{9,18}))?\.a(\d{3,9})\.r(\d{3,9})\.parquet")
+_OLD_LOCK = "writer.lock"
 _OLD_EVENT = re.compile(r"e\d+-\d+\.parquet")
 _SCHEMAS = {layout.ROLLUP: ROLLUP_SCHEMA, layout.TOKENS: TOKEN_SCHEMA, layout.SEQUENCES: SEQUENCE_SCHEMA}
 _SETTINGS = {"tokens": "all", "columns": "full", "precision": "exact", "disk_limit": None}
@@ -28,13 +31,17 @@ def upgrade(storage: Storage) -> bool:
     Schemas 1 and 2 had no checksum in their names and two columns for the hazard.
 
     Raises:
-        StoreError: there is no run, its run.json cannot be read, or a newer version wrote it.
+        StoreError: there is no run, its run.json cannot be read, a newer version wrote it, or an older one writes it.
         OSError, pyarrow.ArrowException: a file cannot be read or written; the run is as it was.
     """
     manifest = layout.read_manifest(storage, versions=(*OLDER, layout.SCHEMA_VERSION))
     if manifest["schema_version"] == layout.SCHEMA_VERSION:
         _remove_old(storage)
         return False
+    if is_held(storage, _OLD_LOCK):
+        raise StoreError(
+            f"compact: {storage.url} is being written by an older version of mhpo. Stop that training first, or wait."
+        )
     for table in layout.STEP_TABLES:
         for file, level in _old_files(storage, table):
             data = encode(_conform(read_rows(storage.read(file.name)), table), table)
@@ -92,4 +99,4 @@ def _remove_old(storage: Storage) -> None:
     for name in storage.list(layout.EVENTS):
         if _OLD_EVENT.fullmatch(name):
             storage.delete(f"{layout.EVENTS}/{name}")
-    storage.delete("writer.lock")
+    storage.delete(_OLD_LOCK)

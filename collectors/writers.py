@@ -72,7 +72,7 @@ def has_writer(storage: Storage) -> bool | None:
     """True while a live process on this machine writes the run; None on a bucket, where nobody can tell."""
     if storage.local is None:
         return None
-    return any(_is_held(storage, name) for name in storage.list(WRITERS) if name != _LAUNCH)
+    return any(is_held(storage, f"{WRITERS}/{name}") for name in storage.list(WRITERS) if name != _LAUNCH)
 
 
 def _launch_on_a_bucket(storage: Storage, world_size: int) -> str:
@@ -113,15 +113,18 @@ def _exclusive(path: str) -> Iterator[None]:
 
 def _living_launch(storage: Storage, own: str) -> str | None:
     for name in sorted(storage.list(WRITERS)):
-        if name not in (own, _LAUNCH) and _is_held(storage, name):
+        if name not in (own, _LAUNCH) and is_held(storage, f"{WRITERS}/{name}"):
             with contextlib.suppress(OSError):
                 return storage.read(f"{WRITERS}/{name}").decode() or None
     return None
 
 
-def _is_held(storage: Storage, name: str) -> bool:
+def is_held(storage: Storage, name: str) -> bool:
+    """True while a live process on this machine holds the lock in that file; never on a bucket."""
+    if storage.local is None:
+        return False
     try:
-        handle = os.open(storage.location(f"{WRITERS}/{name}"), os.O_RDONLY)
+        handle = os.open(storage.location(name), os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -182,6 +182,7 @@ def test_json_of_several_rows_and_of_none(told: Captured) -> None:
 
 def test_json_names_are_distinct(told: Captured) -> None:
     assert strict(told("SELECT 1 AS a, 2 AS a, 3 AS a_1", "--format", "json")) == [{"a": 1, "a_1": 2, "a_1_1": 3}]
+    assert strict(told("SELECT 1 AS a, 2 AS a, 3 AS a", "--format", "json")) == [{"a": 1, "a_1": 2, "a_2": 3}]
 
 
 # --- parquet
@@ -236,7 +237,7 @@ def test_every_type_is_shown(told: Captured) -> None:
     [
         ("timestamp '2020-01-01 10:00'", "2020-01-01 10:00:00"), ("to_timestamp(0)", "1970-01-01 00:00:00+00:00"),
         ("1e-9::DECIMAL(20, 10)", "0.0000000010"), ("true", "true"), ("'\\xAB'::BLOB", "ab"), ("0.1::FLOAT", "0.1"),
-        ("['a', NULL]", '"[""a"", null]"'), ("{'a': 'nan'::FLOAT}", '"{""a"": ""NaN""}"'), ("1e300", "1e+300"),
+        ("['é', NULL]", '"[""é"", null]"'), ("{'a': 'nan'::FLOAT}", '"{""a"": ""NaN""}"'), ("1e300", "1e+300"),
         ("'infinity'::DATE", "infinity"), ("'-infinity'::TIMESTAMP", "-infinity"),
         ("'294246-01-01'::TIMESTAMP", "out of range"), ("['infinity'::DATE]", "out of range"),
     ],
