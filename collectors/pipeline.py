@@ -38,6 +38,9 @@ _LOG = logging.getLogger(__name__)
 WAITING_BYTES = 256 << 20
 """Batches that may wait to be measured, and as much again that may wait for the disk."""
 
+WAITING_STEPS = 64
+"""Steps of which none is refused by the disk that may wait before `put` does, where it was asked to."""
+
 WAITING_SUMMARIES = 4096
 QUEUED_SUMMARIES = 8192
 _RETRY_SECONDS = 1.0
@@ -106,6 +109,7 @@ class Pipeline:
         self._store, self._objective, self._what, self._how, self._waits = store, objective, what, how, waits
         self._room = threading.Condition()
         self._unmeasured = self._unwritten = 0  # bytes
+        self._handed = 0  # steps that wait to be measured
         self._summaries = 0  # steps that wait for the disk
         self._lost = self._reported = 0  # steps of which nothing could be written, and those an event tells about
         self._failure: Exception | None = None
@@ -127,6 +131,7 @@ class Pipeline:
             elif self._unmeasured and self._unmeasured + size > WAITING_BYTES:
                 step, size = _without_batch(step), 0
             self._unmeasured += size
+            self._handed += 1
         self._intake.put(step)
 
     def has_room(self, size: int) -> bool:
@@ -158,6 +163,8 @@ class Pipeline:
             thread.join()
 
     def _has_room(self, size: int) -> bool:
+        if self._handed + self._summaries - len(self._waiting) >= WAITING_STEPS:
+            return False
         empty = not self._unmeasured and not self._unwritten
         return empty or max(self._unmeasured, self._unwritten) + size <= WAITING_BYTES
 
@@ -184,6 +191,7 @@ class Pipeline:
         finally:
             with self._room:
                 self._unmeasured -= size
+                self._handed -= 1
                 self._room.notify_all()
 
     def _prepared(self, step: Step) -> _Ready | None:

@@ -226,7 +226,7 @@ class Retention:
             self._drop_of_ring(next(iter(ring.files)))
 
     def _thin(self, size: float) -> None:
-        """Halve the sample and the tails of the oldest steps, those first that were halved least."""
+        """Halve the sample and the tails of the oldest steps, those first that were halved least; the newest last."""
         kept = self._tiers["kept"]
         if kept.size > size:
             self._say_once("kept", "the oldest steps keep half of their sample and tails from here on, again and again")
@@ -235,7 +235,8 @@ class Retention:
             sealed = [n for n, taken in kept.files.items() if f"/{layout.SEALED}/" in n and taken > _BLOCK]
             if not sealed:
                 return
-            name = min(sealed, key=lambda n: (self._halved.get(n, 0), _step(n) or 0))
+            sealed.sort(key=lambda n: _step(n) or 0)
+            name = min(sealed[:-1] or sealed, key=lambda n: self._halved.get(n, 0))
             self._rewrite(name, thinned)
 
     def _shorten_summary(self, size: float) -> None:

@@ -75,10 +75,11 @@ def step_rows(
     """
     log_ratio = _flat(measured.terms.log_ratio)
     choice = what.choose(packed.row, log_ratio, sequence_id)
-    columns = _token_columns(key, packed.batch, measured, how, log_ratio) | _dictionaries(packed, sequence_id)
+    columns = _token_columns(key, packed.batch, measured, how, log_ratio)
+    columns["sequence_id"] = pa.array(sequence_id[packed.row])
     columns["position"] = pa.array(packed.position.astype(np.int32))
     columns["kept_because"] = pa.DictionaryArray.from_arrays(pa.array(choice.reason), pa.array(policy.REASONS))
-    # no schema: dictionaries stay dictionaries until they are encoded
+    # no schema: the dictionary of kept_because stays one until it is encoded
     tokens = pa.table({name: columns[name] for name in TOKEN_SCHEMA.names})
     all_sequences = _sequence_table(key, packed, sequences, sequence_id)
     if what.kind == policy.ALL:
@@ -123,6 +124,7 @@ def _token_columns(
     columns = key.columns(n_rows)
     for name in TOKEN_FLOATS:
         columns[name] = _float_array(found.get(name), masks.get(name), n_rows)
+    columns["advantage"] = _float_array(_flat(batch.advantage), None, n_rows)
     columns["token_id"] = _token_ids(batch.token_id, n_rows)
     return columns
 
@@ -147,30 +149,14 @@ def _rounded(values: Floats) -> Floats:
     return np.where(normal & np.isfinite(rounded), rounded, values)
 
 
-def _dictionaries(packed: Packed, sequence_id: NDArray[np.int64]) -> dict[str, pa.Array]:
-    """Columns with few distinct values: the sequence's id, and the advantage, most often one per sequence."""
-    ids, code = np.unique(sequence_id, return_inverse=True)
-    found = {"sequence_id": pa.DictionaryArray.from_arrays(pa.array(code[packed.row].astype(np.int32)), pa.array(ids))}
-    # by their bits, so that NaN equals NaN
-    advantage = _flat(packed.batch.advantage).view(np.int32)
-    filled = np.flatnonzero(packed.length)
-    first = advantage[np.cumsum(packed.length)[filled] - packed.length[filled]]
-    of_sequence = np.zeros(len(packed.length), np.int32)
-    of_sequence[filled] = first
-    if (of_sequence[packed.row] == advantage).all():
-        values, code = np.unique(of_sequence, return_inverse=True)
-        code = code[packed.row]
-    else:
-        values, code = np.unique(advantage, return_inverse=True)
-    codes = pa.array(code.astype(np.int32))
-    found["advantage"] = pa.DictionaryArray.from_arrays(codes, pa.array(values.view(np.float32), from_pandas=False))
-    return found
-
-
 def _sequence_table(key: StepKey, packed: Packed, sequences: Sequences, sequence_id: NDArray[np.int64]) -> pa.Table:
     """One row per sequence, fully masked ones too; `advantage` is the mean over its trained tokens."""
     length, n_rows = packed.length, len(packed.length)
-    total = np.bincount(packed.row, packed.batch.advantage.double().numpy().reshape(-1), minlength=n_rows)
+    total = np.zeros(n_rows)
+    nonempty = np.flatnonzero(length)
+    starts = np.cumsum(length)[nonempty] - length[nonempty]
+    with np.errstate(invalid="ignore", over="ignore"):
+        total[nonempty] = np.add.reduceat(packed.batch.advantage.numpy().reshape(-1), starts, dtype=np.float64)
     advantage = total / np.maximum(length, 1)
     columns = {name: values.dictionary_decode() for name, values in key.columns(n_rows).items()} | {
         "sequence_id": pa.array(sequence_id),

@@ -290,4 +290,6 @@ def assert_same_bins(found: Bins, wanted: Bins) -> None:
         largest = np.where(ours.finite > 0, np.maximum(abs(ours.low), abs(ours.high)), 0.0)
         with np.errstate(over="ignore", invalid="ignore"):
             rounding = 1e-12 * ours.finite * largest
-            assert not (abs(ours.total - theirs.total) > rounding).any(), f"{kind} total"
+            # sums of huge values overflow in one order and not in another
+            fits = np.isfinite(ours.finite * largest)
+            assert not (abs(ours.total - theirs.total) > rounding)[fits].any(), f"{kind} total"

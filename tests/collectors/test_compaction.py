@@ -28,7 +28,7 @@ from tests.collectors.writer import writing
 
 OLD = Path(__file__).parent / "data" / "schema-2"
 WIDE = 24
-KILLS = 24
+KILLS = 16
 TABLES = (*layout.STEP_TABLES, layout.EVENTS)
 
 
@@ -129,7 +129,7 @@ def test_the_answers_are_the_same_wherever_it_is_stopped(tmp_path, stop_after, k
     compact(LocalStorage(whole), wait=0.0, file_bytes=40_000)
     changes = stop_after()
     assert everything(whole) == expected and verify(LocalStorage(whole)).findings == [] and changes > 15
-    for allowed in range(0, changes, 1 + changes // 12):
+    for allowed in range(0, changes, 1 + changes // 8):
         run = Path(shutil.copytree(template, tmp_path / f"run{allowed}"))
         stop_after(allowed)
         with pytest.raises(Stopped):
@@ -450,7 +450,7 @@ def test_an_upgrade_stopped_anywhere_leaves_the_old_store_or_the_new_one(tmp_pat
     changes = stop_after()
     check_upgraded(whole)
     assert not [n for n in names(whole) if n.count(".") < 4 and n != "vocabulary.parquet"], "nothing old is left"
-    for allowed in range(0, changes, 1 + changes // 20):
+    for allowed in range(0, changes, 1 + changes // 12):
         run = Path(shutil.copytree(OLD, tmp_path / f"run{allowed}"))
         stop_after(allowed)
         with pytest.raises(Stopped):

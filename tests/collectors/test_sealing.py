@@ -212,8 +212,9 @@ def test_batches_that_cannot_be_measured_in_time_leave_a_row_with_what_the_train
         assert column(opened, "SELECT step FROM metrics WHERE name = 'lr' ORDER BY 1") == [1, 2, 3, 4, 5]
 
 
-def test_a_recorder_that_waits_for_the_disk_drops_nothing(tmp_path, monkeypatch, slow_disk):
-    monkeypatch.setattr(pipeline, "WAITING_BYTES", 1)
+@pytest.mark.parametrize("limit", ["WAITING_BYTES", "WAITING_STEPS"])
+def test_a_recorder_that_waits_for_the_disk_drops_nothing(tmp_path, monkeypatch, slow_disk, limit):
+    monkeypatch.setattr(pipeline, limit, 1)
     with new_recorder(tmp_path / "run", when_full="wait") as writer:
         opener = threading.Timer(0.3, slow_disk.set)
         opener.start()

@@ -59,7 +59,7 @@ def histories(draw) -> list[list[int]]:
     return attempts
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(histories(), st.data())
 def test_any_zoom_equals_all_steps_read_at_once(history, data):
     with tempfile.TemporaryDirectory() as folder:
