@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from collectors.packing import Packed
-from collectors.schema import StepScalars, utf8
+from collectors.schema import StepScalars, json_text, utf8
 from mhpo_core.batch import Sequences, TokenBatch
 from mhpo_core.errors import BatchError
 from mhpo_core.gradients import GradientNorms
+from mhpo_core.metrics import METRICS
 from mhpo_core.telemetry import Scalar
 
 _Number = TypeVar("_Number", int, float)
 _ENTRY_OF: dict[str, Callable[[Any], object]] = {
     "reward": float, "sequence_id": int, "group_id": int, "truncated": bool, "policy_lag": int, "prompt": utf8,
-    "completion": utf8,
+    "completion": utf8, "advantage": float, "length": int, "extra": json_text,
 }  # fmt: skip
 _ALWAYS_KNOWN = ("sequence_id", "group_id")
 
@@ -99,6 +100,27 @@ def trainer_scalars(
         gradients=gradient_norms,
         metrics=numbers,
     )
+
+
+def step_columns(columns: Mapping[str, float]) -> dict[str, Scalar]:
+    """Columns of `steps` that a trainer computed itself.
+
+    Raises:
+        BatchError: there is no such column, or a value is not a number.
+    """
+    found: dict[str, Scalar] = {}
+    for name, value in columns.items():
+        if name not in METRICS:
+            raise BatchError(
+                f"Recorder.record: {name!r} is no column of steps, allowed are those of mhpo_core.metrics. "
+                "Give it in metrics."
+            )
+        number = _number(name, value)
+        if not METRICS[name].integer:
+            found[name] = number
+        elif np.isfinite(number):
+            found[name] = int(number)
+    return found
 
 
 def _number(name: str, value: object) -> float:

@@ -77,6 +77,20 @@ def measure_packed(batch: TokenBatch | None, packed: Packed, objective: Objectiv
     return replace(found, scalars=scalars, accumulated=accumulated)
 
 
+_WITHOUT_RATIO = (
+    "n_tokens", "n_sequences", "length_mean", "nonfinite_count", "kl_rollout_old_k3", "entropy_mean",
+    "impossible_count",
+)  # fmt: skip
+_QUANTITIES_WITHOUT_RATIO = ("mismatch", "entropy")
+
+
+def without_ratio(found: StepTelemetry) -> StepTelemetry:
+    """What of a step's telemetry does not follow from the log-probabilities of the policy being trained."""
+    kept = {n: v for n, v in found.scalars.items() if n in _WITHOUT_RATIO or n.startswith("mismatch_")}
+    histograms = [h for h in found.histograms if h.quantity in _QUANTITIES_WITHOUT_RATIO]
+    return replace(found, scalars=kept, histograms=histograms)
+
+
 def _measured(batch: TokenBatch, objective: Objective) -> StepTelemetry:
     if batch.mask.numel() < BINNED_FROM:
         return measure(batch, objective)

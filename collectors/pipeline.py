@@ -11,8 +11,8 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from collectors import layout
 from collectors.intake import batch_bytes, sequence_sums
-from collectors.packing import Packed, measure_packed, pack
+from collectors.packing import Packed, measure_packed, pack, without_ratio
 from collectors.policy import TokenPolicy
 from collectors.ranks import parts_of
 from collectors.schema import StepKey, StepScalars, rollup_table
 from collectors.store import Rows, StoreWriter, without_tokens
-from collectors.token_rows import StepRows, TokenColumns, step_rows
+from collectors.token_rows import StepRows, TokenColumns, sequence_table, step_rows
 from mhpo_core.batch import Sequences, TokenBatch
 from mhpo_core.objectives import Objective
 from mhpo_core.telemetry import Scalar
@@ -52,8 +52,11 @@ class Step:
     """A step on its way, all tensors owned by it and on the CPU.
 
     Args:
-        batch: packed where its terms allow that and padding is most of it; None where not even the memory for it was
-            left, its tokens are then counted as dropped.
+        batch: packed where its terms allow that and padding is most of it; None where the trainer gave none, or where
+            not even the memory for it was left and its tokens are counted as dropped.
+        scalars: of the step; they win over what is measured.
+        columns: of `steps`, as the trainer computed them; what is measured wins over them.
+        ratio_known: false where logp_new of the batch stands in for what nobody knows.
     """
 
     key: StepKey
@@ -63,6 +66,8 @@ class Step:
     sequence_id: NDArray[np.int64]
     trainer: StepScalars
     scalars: dict[str, Scalar]
+    columns: Mapping[str, Scalar] = field(default_factory=dict)
+    ratio_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -309,12 +314,16 @@ def prepare(
     given |= {"kept_tokens": 0, "ring_tokens": 0}
     if step.batch is None:
         sequences_alone = {"sequences": sequence_sums(step.sequences)} if world_size > 1 else None
-        return _Ready(step.key, (), rollup_table(step.key, given, step.scalars, [], step.trainer, sequences_alone))
+        scalars = {**step.columns, **step.scalars}
+        rollup = rollup_table(step.key, given, scalars, [], step.trainer, sequences_alone)
+        return _Ready(step.key, _sequences_alone(step) if keeps_tokens else (), rollup)
     whole = step.batch if isinstance(step.batch, TokenBatch) else None
     packed = step.batch if isinstance(step.batch, Packed) else pack(step.batch)
     telemetry = measure_packed(None if objective.follows_from_ratio else whole, packed, objective)
+    if not step.ratio_known:
+        telemetry, how = without_ratio(telemetry), replace(how, ratio_known=False)
     rows: StepRows | None = None
-    scalars: dict[str, Scalar] = telemetry.scalars | step.scalars
+    scalars = {**step.columns, **telemetry.scalars, **step.scalars}
     if keeps_tokens:
         rows = step_rows(step.key, packed, telemetry, step.sequences, step.sequence_id, what, how)
         given |= {"kept_tokens": _count(rows.kept), "ring_tokens": _count(rows.ring)}
@@ -323,6 +332,12 @@ def prepare(
     parts = parts_of(telemetry.accumulated, sequence_sums(step.sequences)) if world_size > 1 else None
     rollup = rollup_table(step.key, given, scalars, telemetry.histograms, step.trainer, parts)
     return _Ready(step.key, _tables(rows), rollup, _incident(step, scalars))
+
+
+def _sequences_alone(step: Step) -> tuple[Rows, ...]:
+    if not len(step.sequence_id):
+        return ()
+    return (Rows(layout.SEQUENCES, layout.HOT, sequence_table(step.key, None, step.sequences, step.sequence_id)),)
 
 
 def _tables(rows: StepRows | None) -> tuple[Rows, ...]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collectors.formulas import derivation
-from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, trainer_scalars
+from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, step_columns, trainer_scalars
 from collectors.packing import Packed, pack
 from collectors.pipeline import Pipeline, Step
 from collectors.policy import TokenPolicy, parse_bytes
@@ -159,7 +159,7 @@ class Recorder:
     def record(
         self,
         step: int,
-        batch: TokenBatch,
+        batch: TokenBatch | None,
         *,
         loss: float | Tensor | None = None,
         reward: Tensor | Sequence[float] | None = None,
@@ -167,22 +167,29 @@ class Recorder:
         gradient_norms: GradientNorms | Mapping[str, float] | None = None,
         sequences: Sequences | None = None,
         metrics: Mapping[str, float] | None = None,
+        columns: Mapping[str, float] | None = None,
+        ratio_known: bool = True,
+        wall_time: float | None = None,
     ) -> None:
         """Hand over one optimizer step. A step number that does not rise opens a new attempt at it.
 
         Args:
             step: optimizer step, ≥ 0.
-            batch: its tokens; nothing is kept of the caller's tensors, they may change afterwards.
+            batch: its tokens; nothing is kept of the caller's tensors, they may change afterwards. None where no token
+                is known.
             loss: as the trainer computed it, NaN and ±Inf too.
             reward: one per sequence, (B,).
             grad_norm: global L2 norm before clipping.
             gradient_norms: parameter group → L2 norm before clipping.
             sequences: what is known about each sequence.
             metrics: the trainer's own scalars; `lr`, `loss` and `grad_norm` also fill the column of that name.
+            columns: columns of `steps` that the trainer computed itself; what is measured from the batch wins.
+            ratio_known: False where logp_new is not known and holds logp_old; what follows from it is not computed.
+            wall_time: seconds since the epoch; default: now.
 
         Raises:
-            BatchError: step is negative, a per-sequence field does not have one fitting entry per row, or a scalar is
-                no number.
+            BatchError: step is negative, a column is none of `steps`, a per-sequence field does not have one fitting
+                entry per row, or a scalar is no number.
             StoreError: the recorder is closed.
         """
         began = time.perf_counter()
@@ -190,17 +197,25 @@ class Recorder:
             raise StoreError(
                 f"Recorder.record: {self.path} is closed. Record before close() and inside the with block."
             )
-        sequences = owned_sequences(sequences or Sequences(), reward, batch.n_sequences)
+        sequences = sequences or Sequences()
+        n_sequences = sequences.count(reward) if batch is None else batch.n_sequences
+        sequences = owned_sequences(sequences, reward, n_sequences)
         trainer = trainer_scalars(loss, grad_norm, gradient_norms, metrics or {})
-        sequence_id = self._sequence_ids(sequences, batch.n_sequences)
+        sequence_id = self._sequence_ids(sequences, n_sequences)
         key = self._key_of(step)
         scalars = sequence_scalars(sequences) | {
             "loss": trainer.loss, "lr": trainer.metrics.get("lr"), "grad_norm": trainer.grad_norm, "dropped_tokens": 0,
         }  # fmt: skip
-        owned = self._owned(batch) if self._pipeline.has_room(batch_bytes(batch)) else None
-        if owned is None:
+        owned = None
+        if batch is not None and self._pipeline.has_room(batch_bytes(batch)):
+            owned = self._owned(batch)
+        elif batch is not None:
             scalars |= dict.fromkeys(("n_tokens", "dropped_tokens"), int(batch.mask.sum()))
-        item = Step(key, time.time(), owned, sequences, sequence_id, trainer, scalars)
+        scalars = {name: value for name, value in scalars.items() if value is not None}
+        item = Step(
+            key, time.time() if wall_time is None else wall_time, owned, sequences, sequence_id, trainer, scalars,
+            step_columns(columns or {}), ratio_known,
+        )  # fmt: skip
         scalars["recorder_ms"] = (time.perf_counter() - began) * 1e3
         self._pipeline.put(item)
 

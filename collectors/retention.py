@@ -365,8 +365,8 @@ def _first_half(group: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def without_texts(rows: pa.Table) -> pa.Table:
-    """The sequences without prompt and completion."""
-    for name in ("prompt", "completion"):
+    """The sequences without prompt, completion and what else a trainer said of them."""
+    for name in ("prompt", "completion", "extra"):
         index = rows.schema.get_field_index(name)
         rows = rows.set_column(index, rows.schema.field(index), pa.nulls(len(rows), rows.schema.field(index).type))
     return rows

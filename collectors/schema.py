@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -75,6 +76,7 @@ SEQUENCE_SCHEMA = pa.schema(
         ("policy_lag", pa.int32()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
+        ("extra", pa.string()),
     ]
 )
 TEXT_SCHEMA = pa.schema([*_KEY, *[(n, SEQUENCE_SCHEMA.field(n).type) for n in ("sequence_id", "prompt", "completion")]])
@@ -94,6 +96,11 @@ VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())]
 def utf8(text: object) -> str:
     """The text as a store can hold it: a tokenizer can cut a character in half; what is not UTF-8 becomes "?"."""
     return str(text).encode("utf-8", "replace").decode("utf-8")
+
+
+def json_text(value: object) -> str:
+    """The value as JSON, with NaN and ±Infinity as Python writes them; what is not JSON as its text."""
+    return utf8(json.dumps(value, ensure_ascii=False, default=str))
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,16 @@ class TokenColumns:
         columns: "full" stores log-ratio, hazard and token gradient norm; "minimal" leaves out what follows from others.
         precision: "exact" float32; "compact" keeps 10 bits of the mantissa, relative error ≤ 4.9e-4.
         derived: columns that follow from stored ones by a formula of the objective, see `formulas`.
+        ratio_known: false where logp_new only stands in for what nobody knows; what follows from it is not stored.
     """
 
     columns: str = FULL
     precision: str = EXACT
     derived: frozenset[str] = frozenset()
+    ratio_known: bool = True
+
+
+_FROM_RATIO = ("logp_new", "log_ratio", "hazard", "gradient_multiplier", "logit_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def step_rows(
     columns["kept_because"] = pa.DictionaryArray.from_arrays(pa.array(choice.reason), pa.array(policy.REASONS))
     # no schema: the dictionary of kept_because stays one until it is encoded
     tokens = pa.table({name: columns[name] for name in TOKEN_SCHEMA.names})
-    all_sequences = _sequence_table(key, packed, sequences, sequence_id)
+    all_sequences = sequence_table(key, packed, sequences, sequence_id)
     if what.kind == policy.ALL:
         return StepRows(tokens, None, all_sequences, None)
     in_ring = choice.reason == policy.RING
@@ -120,6 +125,8 @@ def _token_columns(
         # logp_old + log_ratio gives back nearly every logp_new to the last bit; only the others are stored
         with np.errstate(invalid="ignore", over="ignore"):
             masks["logp_new"] = (logp_old + log_ratio).view(np.int32) == logp_new.view(np.int32)
+    if not how.ratio_known:
+        found |= dict.fromkeys(_FROM_RATIO)
     n_rows = len(log_ratio)
     columns = key.columns(n_rows)
     for name in TOKEN_FLOATS:
@@ -149,28 +156,39 @@ def _rounded(values: Floats) -> Floats:
     return np.where(normal & np.isfinite(rounded), rounded, values)
 
 
-def _sequence_table(key: StepKey, packed: Packed, sequences: Sequences, sequence_id: NDArray[np.int64]) -> pa.Table:
-    """One row per sequence, fully masked ones too; `advantage` is the mean over its trained tokens."""
-    length, n_rows = packed.length, len(packed.length)
-    total = np.zeros(n_rows)
-    nonempty = np.flatnonzero(length)
-    starts = np.cumsum(length)[nonempty] - length[nonempty]
-    with np.errstate(invalid="ignore", over="ignore"):
-        total[nonempty] = np.add.reduceat(packed.batch.advantage.numpy().reshape(-1), starts, dtype=np.float64)
-    advantage = total / np.maximum(length, 1)
+def sequence_table(
+    key: StepKey, packed: Packed | None, sequences: Sequences, sequence_id: NDArray[np.int64]
+) -> pa.Table:
+    """One row per sequence, fully masked ones too; `advantage` is the mean over its trained tokens.
+
+    Args:
+        packed: None where no token of the step is known.
+    """
+    n_rows = len(sequence_id)
     columns = {name: values.dictionary_decode() for name, values in key.columns(n_rows).items()} | {
         "sequence_id": pa.array(sequence_id),
         "group_id": _column(sequences.group_id, pa.int64()),
         "reward": _column(sequences.reward, pa.float64()),
-        "advantage": pa.array(advantage, mask=length == 0),
-        "length": pa.array(length.astype(np.int32)),
+        "advantage": _column(sequences.advantage, pa.float64()) if packed is None else _mean_advantage(packed),
+        "length": _column(sequences.length if packed is None else packed.length, pa.int32()),
         "truncated": _column(sequences.truncated, pa.bool_()),
         "policy_lag": _column(sequences.policy_lag, pa.int32()),
         "prompt": _column(sequences.prompt, pa.string()),
         "completion": _column(sequences.completion, pa.string()),
+        "extra": _column(sequences.extra, pa.string()),
     }
     filled = {n: pa.nulls(n_rows, SEQUENCE_SCHEMA.field(n).type) if c is None else c for n, c in columns.items()}
     return pa.table({n: filled[n] for n in SEQUENCE_SCHEMA.names}, schema=SEQUENCE_SCHEMA)
+
+
+def _mean_advantage(packed: Packed) -> pa.Array:
+    length = packed.length
+    total = np.zeros(len(length))
+    nonempty = np.flatnonzero(length)
+    starts = np.cumsum(length)[nonempty] - length[nonempty]
+    with np.errstate(invalid="ignore", over="ignore"):
+        total[nonempty] = np.add.reduceat(packed.batch.advantage.numpy().reshape(-1), starts, dtype=np.float64)
+    return pa.array(total / np.maximum(length, 1), mask=length == 0)
 
 
 def _split_texts(rows: pa.Table, choice: Choice, ring: bool) -> tuple[pa.Table, pa.Table | None]:

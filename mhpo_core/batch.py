@@ -5,7 +5,7 @@ Shape letters: B sequences, T response tokens (padded).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -137,6 +137,9 @@ class Sequences:
         truncated: True = stopped by the length limit, not by an end token.
         policy_lag: optimizer steps between the policy that sampled and the policy being trained.
         prompt, completion: text, shown to people and never interpreted.
+        advantage: the mean over its trained tokens; taken from the tokens where there are any.
+        length: number of trained tokens; taken from the tokens where there are any.
+        extra: what else is known, name → anything JSON.
     """
 
     reward: Tensor | Sequence[float] | None = None
@@ -146,6 +149,14 @@ class Sequences:
     policy_lag: Tensor | Sequence[int] | None = None
     prompt: Sequence[str] | None = None
     completion: Sequence[str] | None = None
+    advantage: Tensor | Sequence[float] | None = None
+    length: Tensor | Sequence[int] | None = None
+    extra: Sequence[Mapping[str, Any] | None] | None = None
+
+    def count(self, *more: object) -> int:
+        """Number of entries of the first field that is given, or of what is given besides; 0 if there is none."""
+        given = [*more, *(getattr(self, field.name) for field in fields(self))]
+        return next((len(v) for v in given if hasattr(v, "__len__")), 0)
 
     def require_length(self, n_sequences: int) -> None:
         """Raise BatchError unless every given field has one entry per sequence."""

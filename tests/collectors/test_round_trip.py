@@ -26,7 +26,7 @@ CONTRACT = {
     "tokens": "step sequence_id position token_id token logp_new logp_old logp_rollout logp_ref advantage entropy "
     "log_ratio hazard hazard_positive hazard_negative modulated_log_ratio survival_weight gradient_multiplier "
     "logit_grad_norm kept_because",
-    "sequences": "step sequence_id group_id rank reward advantage length truncated policy_lag prompt completion",
+    "sequences": "step sequence_id group_id rank reward advantage length truncated policy_lag prompt completion extra",
     "gradients": "step rank parameter grad_norm weight_norm nonfinite",
     "metrics": "step name value",
     "events": "time kind detail",
