@@ -132,6 +132,11 @@ class Recorder:
         self.event("resumed" if resumed else "started", f"pid {os.getpid()} on {socket.gethostname()}{rank}")
         _LOG.info("Recorder: %s", self.describe())
 
+    @property
+    def closed(self) -> bool:
+        """True once nothing can be recorded any more."""
+        return self._closed
+
     def describe(self) -> str:
         """What will be kept and how much of the disk it may take, in one sentence."""
         limit = "no limit on disk" if self.disk_limit is None else f"at most {self.disk_limit / 1e9:.3g} GB on disk"
