@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 from mhpo_core.errors import MhpoError
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "sql": "query a run with read-only SQL",
     "verify": "check every file of a run",
     "compact": "merge the files of a run into fewer, larger ones; also upgrades an older store",
+    "import": "make runs of what other tools have logged or dumped",
     "pin": "keep all tokens of the last steps for good",
 }
 _BAD_INPUT = 2
@@ -34,7 +36,7 @@ def build_parser(wanted: str | None) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == wanted:
-            module = import_module(f"app.commands.{name}")
+            module = import_module(f"app.commands.{name}{'_' * iskeyword(name)}")
             module.add_arguments(command)
             command.set_defaults(run=module.run, command=name)
     return parser

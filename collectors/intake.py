@@ -140,14 +140,17 @@ def sequence_scalars(sequences: Sequences) -> dict[str, Scalar]:
     """Step metrics that come from sequences rather than tokens; absent where not known."""
     scalars: dict[str, Scalar] = {}
     if sequences.truncated is not None:
-        scalars["truncated_fraction"] = float(np.mean(np.asarray(sequences.truncated, dtype=bool)))
-    if sequences.reward is None:
+        truncated = [t for t in sequences.truncated if t is not None]
+        if truncated:
+            scalars["truncated_fraction"] = float(np.mean(np.asarray(truncated, dtype=bool)))
+    known = [r is not None for r in sequences.reward] if sequences.reward is not None else []
+    if sequences.reward is None or not any(known):
         return scalars
-    reward = np.asarray(sequences.reward, dtype=np.float64)
+    reward = np.asarray(sequences.reward, dtype=np.float64)[known]
     with np.errstate(invalid="ignore"):
         scalars |= {"reward_mean": float(reward.mean()), "reward_std": float(reward.std())}
     if sequences.group_id is not None:
-        group = np.unique(np.asarray(sequences.group_id), return_inverse=True)[1]
+        group = np.unique(np.asarray(sequences.group_id)[known], return_inverse=True)[1]
         low, high = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
         with np.errstate(invalid="ignore"):
             np.minimum.at(low, group, reward)
@@ -160,12 +163,10 @@ def sequence_sums(sequences: Sequences) -> dict[str, float]:
     """What a rank adds to the sequence metrics of a step of several ranks."""
     sums: dict[str, float] = {}
     if sequences.truncated is not None:
-        sums |= {
-            "sequences": len(sequences.truncated),
-            "truncated": float(np.sum(np.asarray(sequences.truncated, bool))),
-        }
+        truncated = [t for t in sequences.truncated if t is not None]
+        sums |= {"sequences": len(truncated), "truncated": float(np.sum(np.asarray(truncated, bool)))}
     if sequences.reward is not None:
-        reward = np.asarray(sequences.reward, dtype=np.float64)
+        reward = np.asarray([r for r in sequences.reward if r is not None], dtype=np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             sums |= {
                 "rewards": len(reward), "reward": float(reward.sum()), "reward_squared": float((reward**2).sum()),

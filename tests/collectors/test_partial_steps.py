@@ -63,6 +63,19 @@ def test_what_follows_from_an_unknown_policy_is_not_computed(tmp_path, options):
         ]
 
 
+def test_rewards_that_are_not_known_count_nowhere(tmp_path):
+    some = Sequences(reward=[1.0, None, 3.0, None], truncated=[True, None, False, None], group_id=[0, 0, 1, 1])
+    none = Sequences(reward=[None, None], truncated=[None, None])
+    with new_recorder(tmp_path / "run") as recorder:
+        recorder.record(0, None, sequences=some)
+        recorder.record(1, None, sequences=none)
+        recorder.record(2, None, sequences=Sequences(reward=[1.0, math.nan]))
+    with open_run(tmp_path / "run") as run:
+        columns = "reward_mean, reward_std, truncated_fraction, n_groups, zero_std_groups"
+        assert rows(run, f"SELECT {columns} FROM steps WHERE step < 2") == [(2.0, 1.0, 0.5, 2, 2), (None,) * 5]
+        assert column(run, "SELECT isnan(reward_mean) FROM steps WHERE step = 2") == [True]
+
+
 def test_a_column_that_is_none_and_a_value_that_is_no_number(tmp_path):
     with new_recorder(tmp_path / "run") as recorder:
         with pytest.raises(BatchError, match="'reward' is no column of steps, .* Give it in metrics."):

@@ -30,11 +30,15 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [text.count("1") / max(1, len(text)) for text in completions]
 
 
-def build(out: Any, cls: type = GRPOTrainer, **settings: Any) -> GRPOTrainer:
+SHAPE = {
+    "vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def build(out: Any, cls: type = GRPOTrainer, shape: dict[str, int] | None = None, **settings: Any) -> GRPOTrainer:
     """The same trainer for the same settings."""
     torch.manual_seed(0)
-    shape = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = LlamaConfig(**shape, num_attention_heads=2, eos_token_id=1, pad_token_id=0)
+    config = LlamaConfig(**SHAPE | (shape or {}), eos_token_id=1, pad_token_id=0)
     defaults: dict[str, Any] = {
         "report_to": "none", "use_cpu": True, "bf16": False, "per_device_train_batch_size": BATCH,
         "num_generations": GROUP, "max_completion_length": LONGEST, "max_steps": 6, "logging_steps": 1,
