@@ -11,27 +11,19 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
-from collectors import layout
-from collectors.intake import batch_bytes, sequence_sums
-from collectors.packing import Packed, measure_packed, pack, without_ratio
+from collectors.intake import batch_bytes
 from collectors.policy import TokenPolicy
-from collectors.ranks import parts_of
-from collectors.schema import StepKey, StepScalars, rollup_table
-from collectors.store import Rows, StoreWriter, without_tokens
-from collectors.token_rows import StepRows, TokenColumns, sequence_table, step_rows
-from mhpo_core.batch import Sequences, TokenBatch
+from collectors.prepared import Ready, Step, prepare, without_batch, without_rows
+from collectors.store import StoreWriter
+from collectors.token_rows import TokenColumns
 from mhpo_core.objectives import Objective
-from mhpo_core.telemetry import Scalar
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,48 +40,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step on its way, all tensors owned by it and on the CPU.
-
-    Args:
-        batch: packed where its terms allow that and padding is most of it; None where the trainer gave none, or where
-            not even the memory for it was left and its tokens are counted as dropped.
-        scalars: of the step; they win over what is measured.
-        columns: of `steps`, as the trainer computed them; what is measured wins over them.
-        ratio_known: false where logp_new of the batch stands in for what nobody knows.
-    """
-
-    key: StepKey
-    wall_time: float
-    batch: TokenBatch | Packed | None
-    sequences: Sequences
-    sequence_id: NDArray[np.int64]
-    trainer: StepScalars
-    scalars: dict[str, Scalar]
-    columns: Mapping[str, Scalar] = field(default_factory=dict)
-    ratio_known: bool = True
-
-
-@dataclass(frozen=True)
 class Event:
     """Something that happened to the run."""
 
     kind: str
     detail: str
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A step as it is written."""
-
-    key: StepKey
-    tables: tuple[Rows, ...]
-    rollup: pa.Table
-    incident: str = ""
-
-    @property
-    def size(self) -> int:
-        return sum(int(part.rows.nbytes) for part in self.tables)
 
 
 @dataclass(frozen=True)
@@ -118,10 +73,10 @@ class Pipeline:
         self._summaries = 0  # steps that wait for the disk
         self._lost = self._reported = 0  # steps of which nothing could be written, and those an event tells about
         self._failure: Exception | None = None
-        self._waiting: deque[_Ready] = deque()  # what the disk has refused so far, and what came after it
+        self._waiting: deque[Ready] = deque()  # what the disk has refused so far, and what came after it
         self._end = Event("", "")
         self._intake: queue.SimpleQueue[Step | Event | _Call | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[_Ready | Event | _Call | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Ready | Event | _Call | None] = queue.SimpleQueue()
         self._threads = [
             _start_on_one_core(self._measure_until_closed, "mhpo-measure"),
             _start_on_one_core(self._write_until_closed, "mhpo-store"),
@@ -134,7 +89,7 @@ class Pipeline:
             if self._waits:
                 self._room.wait_for(lambda: self._has_room(size) or not self._threads[1].is_alive())
             elif self._unmeasured and self._unmeasured + size > WAITING_BYTES:
-                step, size = _without_batch(step), 0
+                step, size = without_batch(step), 0
             self._unmeasured += size
             self._handed += 1
         self._intake.put(step)
@@ -199,11 +154,11 @@ class Pipeline:
                 self._handed -= 1
                 self._room.notify_all()
 
-    def _prepared(self, step: Step) -> _Ready | None:
+    def _prepared(self, step: Step) -> Ready | None:
         """The step with its tokens; where that fails with its summary, else with what the trainer said of it."""
         with self._room:
             keeps_tokens = self._waits or self._unwritten <= WAITING_BYTES
-        for part, keeps in ((step, keeps_tokens), (step, False), (_without_batch(step), False)):
+        for part, keeps in ((step, keeps_tokens), (step, False), (without_batch(step), False)):
             try:
                 return prepare(part, self._objective, self._what, self._how, self._store.world_size, keeps)
             except Exception as error:  # the trainer must go on whatever happens to its telemetry
@@ -212,7 +167,7 @@ class Pipeline:
 
     def _write_until_closed(self) -> None:
         while (item := self._next()) is not None:
-            if isinstance(item, _Ready):
+            if isinstance(item, Ready):
                 self._waiting.append(item)
             self._drain()
             if isinstance(item, Event):
@@ -231,7 +186,7 @@ class Pipeline:
         self._try(partial(self._store.event, self._end.kind, self._end.detail))
         self._try(self._store.seal)
 
-    def _next(self) -> _Ready | Event | _Call | None:
+    def _next(self) -> Ready | Event | _Call | None:
         """The next item; while steps wait for a disk that failed, at most a second passes between two tries."""
         while True:
             try:
@@ -275,7 +230,7 @@ class Pipeline:
     def _strip(self, index: int) -> None:
         if self._waiting[index].tables:
             self._forget(self._waiting[index].size)
-            self._waiting[index] = _without_tokens(self._waiting[index])
+            self._waiting[index] = without_rows(self._waiting[index])
 
     def _forget(self, size: int, steps: int = 0) -> None:
         with self._room:
@@ -304,81 +259,6 @@ class Pipeline:
                 "Recorder: a step of %s could not be written (%s); training goes on.", self._store.storage.url, error
             )
         self._failure = error
-
-
-def prepare(
-    step: Step, objective: Objective, what: TokenPolicy, how: TokenColumns, world_size: int, keeps_tokens: bool
-) -> _Ready:
-    """Measure a step and make the rows that are written of it."""
-    given: dict[str, Scalar] = {"world_size": world_size, "wall_time": step.wall_time}
-    given |= {"kept_tokens": 0, "ring_tokens": 0}
-    if step.batch is None:
-        sequences_alone = {"sequences": sequence_sums(step.sequences)} if world_size > 1 else None
-        scalars = {**step.columns, **step.scalars}
-        rollup = rollup_table(step.key, given, scalars, [], step.trainer, sequences_alone)
-        return _Ready(step.key, _sequences_alone(step) if keeps_tokens else (), rollup)
-    whole = step.batch if isinstance(step.batch, TokenBatch) else None
-    packed = step.batch if isinstance(step.batch, Packed) else pack(step.batch)
-    telemetry = measure_packed(None if objective.follows_from_ratio else whole, packed, objective)
-    if not step.ratio_known:
-        telemetry, how = without_ratio(telemetry), replace(how, ratio_known=False)
-    rows: StepRows | None = None
-    scalars = {**step.columns, **telemetry.scalars, **step.scalars}
-    if keeps_tokens:
-        rows = step_rows(step.key, packed, telemetry, step.sequences, step.sequence_id, what, how)
-        given |= {"kept_tokens": _count(rows.kept), "ring_tokens": _count(rows.ring)}
-    else:
-        scalars["dropped_tokens"] = scalars["n_tokens"]
-    parts = parts_of(telemetry.accumulated, sequence_sums(step.sequences)) if world_size > 1 else None
-    rollup = rollup_table(step.key, given, scalars, telemetry.histograms, step.trainer, parts)
-    return _Ready(step.key, _tables(rows), rollup, _incident(step, scalars))
-
-
-def _sequences_alone(step: Step) -> tuple[Rows, ...]:
-    if not len(step.sequence_id):
-        return ()
-    return (Rows(layout.SEQUENCES, layout.HOT, sequence_table(step.key, None, step.sequences, step.sequence_id)),)
-
-
-def _tables(rows: StepRows | None) -> tuple[Rows, ...]:
-    if rows is None:
-        return ()
-    parts = (
-        (layout.TOKENS, layout.HOT, rows.kept),
-        (layout.TOKENS, layout.RING, rows.ring),
-        (layout.SEQUENCES, layout.HOT, rows.sequences),
-        (layout.SEQUENCES, layout.RING, rows.texts),
-    )
-    return tuple(Rows(table, level, found) for table, level, found in parts if found is not None and len(found))
-
-
-def _incident(step: Step, scalars: dict[str, Scalar]) -> str:
-    """Why the ring should be pinned at this step; empty if nothing is wrong."""
-    if scalars.get("nonfinite_count"):
-        return f"{scalars['nonfinite_count']} non-finite tokens at step {step.key.step}"
-    loss = scalars.get("loss")
-    if loss is not None and not np.isfinite(loss):
-        return f"loss {loss} at step {step.key.step}"
-    return ""
-
-
-def _count(rows: pa.Table | None) -> int:
-    return 0 if rows is None else len(rows)
-
-
-def _without_batch(step: Step) -> Step:
-    if step.batch is None:
-        return step
-    n_tokens = len(step.batch.row) if isinstance(step.batch, Packed) else int(step.batch.mask.sum())
-    return replace(step, batch=None, scalars=step.scalars | {"n_tokens": n_tokens, "dropped_tokens": n_tokens})
-
-
-def _without_tokens(ready: _Ready) -> _Ready:
-    rollup = ready.rollup
-    for part in ready.tables:
-        if part.table == layout.TOKENS:
-            rollup = without_tokens(rollup, part.level, len(part.rows))
-    return replace(ready, tables=(), rollup=rollup)
 
 
 def _start_on_one_core(work: Callable[[], None], name: str) -> threading.Thread:

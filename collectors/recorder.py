@@ -22,8 +22,9 @@ from torch import Tensor
 from collectors.formulas import derivation
 from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, step_columns, trainer_scalars
 from collectors.packing import Packed, pack
-from collectors.pipeline import Pipeline, Step
+from collectors.pipeline import Pipeline
 from collectors.policy import TokenPolicy, parse_bytes
+from collectors.prepared import Step
 from collectors.retention import PIN_AFTER
 from collectors.schema import StepKey
 from collectors.storage import Storage, open_storage

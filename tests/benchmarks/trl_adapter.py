@@ -1,7 +1,7 @@
 """TRL adapter: its share of the training thread of a real GRPOTrainer
 
-A Llama of 2.4 million parameters, 16 completions of at most 48 tokens a step, one thread. The share is the CPU time that
-the training thread spends in the adapter and in `Recorder.record`, divided by that of the whole training step,
+A Llama of 2.4 million parameters, 16 completions of at most 48 tokens a step, one thread. The share is the CPU time
+that the training thread spends in the adapter and in `Recorder.record`, divided by that of the whole training step,
 generation included; "loss and update alone" leaves generation out of the step.
 """
 

@@ -54,7 +54,9 @@ def test_what_follows_from_an_unknown_policy_is_not_computed(tmp_path, options):
         follows = ("log_ratio_mean", "hazard_mean", "ess_fraction", "kl_old_new_k3", "clamped_count",
                    "gradient_multiplier_mean", "logit_grad_norm_max", "log_ratio_p50_adv_pos")  # fmt: skip
         assert rows(run, f"SELECT {', '.join(follows)} FROM steps WHERE step = 0") == [(None,) * len(follows)]
-        assert column(run, "SELECT count(*) FROM histograms WHERE step = 0 AND quantity NOT IN ('mismatch', 'entropy')") == [0]
+        assert column(
+            run, "SELECT count(*) FROM histograms WHERE step = 0 AND quantity NOT IN ('mismatch', 'entropy')"
+        ) == [0]
         follows = ("logp_new", "log_ratio", "hazard", "hazard_positive", "modulated_log_ratio", "survival_weight",
                    "gradient_multiplier", "logit_grad_norm")  # fmt: skip
         counted = ", ".join(f"count({name})" for name in follows)
