@@ -2,6 +2,7 @@
 #
 #   make demo   PORT=8501 RUNS=runs PRESET=demo HEADLESS=1   a real RL run, live in the browser
 #   make test   the whole suite, real browser included       make test-slow   the minutes-long ones
+#   make test-trl TRL=1.9.2   the tests of the TRL adapter with another version of TRL
 #   make lint   ruff, mypy                                   make bench       measurements, printed as tables
 #
 # PIP_ARGS is passed to pip. On Linux without a GPU, PyTorch's own index has a build without CUDA:
@@ -13,13 +14,14 @@ RUNS ?= runs
 PRESET ?= demo
 HEADLESS ?=
 PIP_ARGS ?=
+TRL ?= 1.16.0
 
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-trl lint bench clean
 
 demo: $(RUN_STAMP)
 	@exec $(BIN)/mhpo demo --preset $(PRESET) --out "$(RUNS)" --port $(PORT) $(if $(filter-out 0,$(HEADLESS)),--headless)
@@ -30,6 +32,10 @@ test: $(TEST_STAMP)
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-trl: $(TEST_STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-$(TRL) trl==$(TRL)
+	PYTHONPATH=$(VENV)/trl-$(TRL) $(BIN)/python -m pytest tests/collectors/adapters/test_trl.py $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

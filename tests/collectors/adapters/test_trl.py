@@ -20,12 +20,14 @@ from tests.collectors.support import column, rows
 
 pytest.importorskip("trl", reason="trl is not installed; `make test` installs it (pip install -e '.[test]')")
 
+import trl
 from trl import GRPOConfig, GRPOTrainer
 
 from collectors.adapters import trl_steps
 from collectors.adapters.trl import RecordsTelemetry, attach, objective_of
 from tests.collectors.adapters.tiny_trl import BATCH, GROUP, LONGEST, build, reward
 
+VERSION = tuple(int(part) for part in trl.__version__.split(".")[:2])
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SETTINGS = {
@@ -84,8 +86,9 @@ def test_the_loss_follows_from_what_is_recorded(tmp_path, kind):
                 loss = -np.minimum(ratio * advantage, clipped * advantage)
             if args.beta:
                 shift = tokens["logp_ref"].astype(np.float64) - new
-                # TRL's default corrects the estimate by the ratio
-                loss = loss + args.beta * (np.expm1(shift) - shift) * ratio
+                # newer versions correct the estimate by the ratio
+                weight = ratio if getattr(args, "use_bias_correction_kl", False) else 1.0
+                loss = loss + args.beta * (np.expm1(shift) - shift) * weight
             if args.loss_type == "grpo":
                 ids = tokens["sequence_id"]
                 expected = np.mean([loss[ids == one].mean() for one in np.unique(ids)])
@@ -193,6 +196,7 @@ def test_a_nan_loss_that_is_logged_as_zero_is_nan(tmp_path):
         assert "pinned" not in column(run, "SELECT kind FROM events"), "every token is kept here"
 
 
+@pytest.mark.skipif(VERSION < (1, 15), reason="this TRL has no fused head to hook")
 def test_the_private_read_gives_what_the_hook_gives(tmp_path, monkeypatch):
     def tokens(folder):
         with open_run(folder / "run") as run:
@@ -250,7 +254,9 @@ def test_the_objective_is_the_one_of_the_arguments(tmp_path):
     assert of(epsilon_high=0.28) == ("ppo_clip", {"eps_low": 0.2, "eps_high": 0.28})
     assert of(delta=3.0) == ("two_sided_clip", {"eps_low": 0.2, "eps_high": 0.2, "delta": 3.0})
     assert of(loss_type="cispo", epsilon_high=5.0) == ("cispo", {"ratio_min": 0.0, "ratio_max": 5.0})
-    assert of(loss_type="sapo")[0] == "sapo" and of(loss_type="vespo")[0] == "vespo"
+    assert of(loss_type="sapo")[0] == "sapo"
+    if hasattr(GRPOConfig, "vespo_k_pos"):
+        assert of(loss_type="vespo")[0] == "vespo"
     assert of(importance_sampling_level="sequence") == ("gspo", {"eps_low": 0.2, "eps_high": 0.2})
     assert of(loss_type="luspo", importance_sampling_level="sequence")[0] == "luspo"
 

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -183,3 +185,24 @@ def test_json_and_text_tell_the_same(tmp_path, capsys):
 
 def test_every_format_has_a_name_of_its_own_and_a_title():
     assert len(FORMATS) == 12 and all(name == one.name and one.title for name, one in FORMATS.items())
+
+
+def test_following_takes_what_is_added_until_it_is_stopped(tmp_path):
+    log, out = tmp_path / "log.jsonl", tmp_path / "runs"
+    lines = [json.dumps({"step": s, "loss": s / 8}) + "\n" for s in range(4)]
+    log.write_text("".join(lines[:2]))
+    command = [sys.executable, "-m", "app.cli", "import", str(log), "--out", str(out), "--follow"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert "read as" in process.stdout.readline()
+        log.write_text("".join(lines))
+        give_up = time.monotonic() + 60
+        while column(out / "log", "SELECT max(step) FROM steps") != [3]:
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGINT)
+        told, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "" and "2 steps more." in told
+    assert column(out / "log", "SELECT step FROM steps_all") == [0, 1, 2, 3]
