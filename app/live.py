@@ -172,19 +172,23 @@ def _banner(tail: RunTail, stale: bool) -> tuple[str, str]:
 
 def _tiles(tail: RunTail) -> list[dict[str, str]]:
     last = tail.last
-    share = tail.recorder_share()
+    imported = isinstance((tail.manifest.get("config") or {}).get("import"), dict)
+    share = None if imported else tail.recorder_share()
     planned = _planned_steps(tail.manifest)
     tiles = [
-        {"name": "objective", "label": "Objective", "value": visible(_objective(tail), 24), "note": ""},
+        {
+            "name": "objective", "label": "Objective, assumed" if imported else "Objective",
+            "value": visible(_objective(tail), 24), "note": "",
+        },
         {
             "name": "step", "label": "Step", "value": "–" if last is None else f"{last.step:,}",
             "note": f"of {planned:,}" if planned else "",
         },
-        {"name": "tokens", "label": "Tokens seen", "value": f"{tail.n_tokens:,}", "note": ""},
+        {"name": "tokens", "label": "Tokens seen", "value": f"{tail.n_tokens:,}" if tail.n_tokens else "–", "note": ""},
         {"name": "age", "label": "Newest data", "value": "–", "note": ""},
         {
             "name": "recorder", "label": "Recorder", "value": "–" if share is None else f"{100 * share:.2f} %",
-            "note": "of step",
+            "note": "" if share is None else "of step",
         },
     ]  # fmt: skip
     numbers = {} if last is None else last.metrics

@@ -21,6 +21,8 @@ LIVE_METRICS = [
     "log_ratio_max", "n_tokens", "recorder_ms", "nonfinite_count", "loss", "dropped_tokens",
 ]  # fmt: skip
 
+_RATIO = ("log_ratio_min", "log_ratio_max")
+_NO_RATIO = "not recorded: needs logp_new and logp_old of the tokens"
 _LEFT, _RIGHT = (0.085, 0.615), (0.665, 0.998)
 _QUANTILES = {"0.1 %": 0.001, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "99.9 %": 0.999}
 
@@ -89,6 +91,7 @@ def _policy_shift(figure: Canvas, window: Window) -> None:
             density.to_axis(drawn), name, "@tail" if outer else "@quantile", line=style, customdata=typed(drawn),
             hovertemplate="%{customdata:.4g}",
         )  # fmt: skip
+    figure.say_if_empty(window, _RATIO, _NO_RATIO)
 
 
 def _key(colour: str, text: str) -> str:
@@ -112,7 +115,8 @@ def _clipping(figure: Canvas, window: Window, _: dict[str, float], objective: st
     )
     figure.metric(window, "clip_fraction_high", "clipped above", "@expansion")
     figure.metric(window, "clip_fraction_low", "clipped below", "@contraction")
-    figure.say_if_empty(window, ("clip_fraction_high", "clip_fraction_low"), "this objective has no bound to clip at")
+    without = "this objective has no bound to clip at" if figure.has(window, _RATIO) else _NO_RATIO
+    figure.say_if_empty(window, ("clip_fraction_high", "clip_fraction_low"), without)
 
 
 def _layers(figure: Canvas, window: Window) -> None:
@@ -176,6 +180,7 @@ def _survival(figure: Canvas, window: Window, on_policy: dict[str, float]) -> No
 def _sample_size(figure: Canvas, window: Window, on_policy: dict[str, float]) -> None:
     _small(figure, 2, "Effective sample size", "(Σr)² / Σr² ÷ tokens")
     figure.metric(window, "ess_fraction", "ESS", "@line", band="@band")
+    figure.say_if_empty(window, ("ess_fraction",), _NO_RATIO)
 
 
 def _divergence(figure: Canvas, window: Window) -> None:
@@ -184,6 +189,7 @@ def _divergence(figure: Canvas, window: Window) -> None:
     figure.metric(window, "kl_old_new_k3", "KL(old‖new), k3", "@line")
     figure.metric(window, "kl_rollout_old_k3", "KL(rollout‖old), k3", "@second")
     figure.log_ticks(window, "kl_old_new_k3", "kl_rollout_old_k3")
+    figure.say_if_empty(window, ("kl_old_new_k3", "kl_rollout_old_k3"), _NO_RATIO)
 
 
 def _entropy(figure: Canvas, window: Window) -> None:

@@ -144,14 +144,18 @@ class Canvas:
 
     def say_if_empty(self, window: Window, names: tuple[str, ...], why: str) -> None:
         """A sentence instead of an empty panel."""
-        columns = [window.metrics.names.index(name) for name in names]
-        seen = np.isfinite(window.metrics.mean(window.size)[:, columns]).any()
-        if seen or window.metrics.nonfinite[: window.size, columns].any():
+        if self.has(window, names):
             return
         axes = self.axes
         place = {"xref": f"{axes['xaxis']} domain", "yref": f"{axes['yaxis']} domain", "xanchor": "center"}
         self.annotate(why, 0.5, 0.4, font={"size": 11, "color": "@muted"}, **place)
-        self.y_axis["showticklabels"] = False
+        self.y_axis.update(showticklabels=False, showgrid=False, ticks="")
+
+    def has(self, window: Window, names: tuple[str, ...]) -> bool:
+        """True if a step of the window has a value of one of these metrics, be it NaN."""
+        columns = [window.metrics.names.index(name) for name in names]
+        seen = np.isfinite(window.metrics.mean(window.size)[:, columns]).any()
+        return bool(seen or window.metrics.nonfinite[: window.size, columns].any())
 
     def baseline(self, value: float, text: str, *, below: bool = False) -> None:
         """A dashed level across the current panel, its text on the side where the data is not."""

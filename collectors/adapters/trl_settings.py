@@ -34,13 +34,6 @@ def objective_of(args: Any) -> Objective:
     return objectives.create("ppo_clip", eps_low=low, eps_high=high)
 
 
-def updates_per_generation(args: Any) -> int:
-    """Optimizer steps that train on the same completions."""
-    per_step = args.gradient_accumulation_steps
-    updates = (args.steps_per_generation or per_step) * args.num_iterations // per_step
-    return max(1, int(updates))
-
-
 def plain_settings(args: Any) -> dict[str, Any]:
     """The arguments that are numbers, texts and switches; a token is none of them."""
     given = args.to_sanitized_dict() if hasattr(args, "to_sanitized_dict") else vars(args)

@@ -18,7 +18,6 @@ from collectors.adapters.trl_settings import (
     objective_of,
     plain_settings,
     texts,
-    updates_per_generation,
     vocabulary,
 )
 from collectors.recorder import Recorder
@@ -55,7 +54,7 @@ class StepTelemetry:
         accelerator = trainer.accelerator
         given = {
             "objective": objective_of(trainer.args), "config": {"trl": plain_settings(trainer.args)},
-            "updates_per_iteration": updates_per_generation(trainer.args), "vocabulary": vocabulary(trainer),
+            "vocabulary": vocabulary(trainer),
             "rank": accelerator.process_index, "world_size": accelerator.num_processes,
         }  # fmt: skip
         self._open = partial(Recorder, path, **given | options)

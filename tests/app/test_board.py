@@ -100,13 +100,17 @@ def test_every_objective_has_a_board(tmp_path: Path, objective: str) -> None:
 
 
 def test_a_panel_without_data_says_why() -> None:
-    window = Window(10, LIVE_METRICS)
-    window.add(
-        StepSummary(0, 0.0, {"reward_mean": 1.0, "grad_norm": float("nan")}, {}, np.zeros((3, N_BINS), np.int64))
-    )
-    said = " ".join(a["text"] for a in board(window, {}, "is_pg")["layout"]["annotations"])
-    assert "has no bound to clip at" in said and "pass entropy in TokenBatch" in said and "pass gradient_norms" in said
-    assert "pass reward" not in said and "pass grad_norm to" not in said, "a NaN is data"
+    def said(**metrics: float) -> str:
+        window = Window(10, LIVE_METRICS)
+        window.add(StepSummary(0, 0.0, metrics, {}, np.zeros((3, N_BINS), np.int64)))
+        return " ".join(a["text"] for a in board(window, {}, "is_pg")["layout"]["annotations"])
+
+    told = said(reward_mean=1.0, grad_norm=float("nan"), log_ratio_min=-0.1, log_ratio_max=0.1)
+    assert "has no bound to clip at" in told and "pass entropy in TokenBatch" in told and "pass gradient_norms" in told
+    assert "pass reward" not in told and "pass grad_norm to" not in told, "a NaN is data"
+    assert told.count("needs logp_new and logp_old") == 2, "sample size and KL"
+    told = said(reward_mean=1.0)
+    assert "has no bound to clip at" not in told and told.count("needs logp_new and logp_old") == 4
 
 
 def test_nan_is_a_mark_and_never_a_mere_gap(tmp_path: Path) -> None:
