@@ -3,6 +3,7 @@
 #   make demo   PORT=8501 RUNS=runs PRESET=demo HEADLESS=1   a real RL run, live in the browser
 #   make test   the whole suite, real browser included       make test-slow   the minutes-long ones
 #   make test-trl TRL=1.9.2   the tests of the TRL adapter with another version of TRL
+#   make test-verl            the tests of the verl adapter, with verl in a folder of its own (300 MB)
 #   make lint   ruff, mypy                                   make bench       measurements, printed as tables
 #
 # PIP_ARGS is passed to pip. On Linux without a GPU, PyTorch's own index has a build without CUDA:
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-slow test-trl lint bench clean
+.PHONY: demo test test-slow test-trl test-verl lint bench clean
 
 demo: $(RUN_STAMP)
 	@exec $(BIN)/mhpo demo --preset $(PRESET) --out "$(RUNS)" --port $(PORT) $(if $(filter-out 0,$(HEADLESS)),--headless)
@@ -36,6 +37,15 @@ test-slow: $(TEST_STAMP)
 test-trl: $(TEST_STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-$(TRL) trl==$(TRL)
 	PYTHONPATH=$(VENV)/trl-$(TRL) $(BIN)/python -m pytest tests/collectors/adapters/test_trl.py $(PYTEST_ARGS)
+
+test-verl: $(VENV)/verl/.installed
+	PYTHONPATH=$(VENV)/verl OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/collectors/adapters/test_verl.py $(PYTEST_ARGS)
+
+# --no-deps: what verl pins would replace torch, transformers and others of .venv
+$(VENV)/verl/.installed: tests/collectors/adapters/verl-requirements.txt $(TEST_STAMP)
+	rm -rf $(VENV)/verl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(VENV)/verl -r $<
+	@touch $@
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ DIAGNOSTICS = (
 
 _ADAPTER = {
     "trl": "attach(trainer, RUN) of collectors.adapters.trl before train()",
-    "verl": "record from a loss of your own by register_policy_loss with collectors.Recorder",
+    "verl": "loss_mode=mhpo_<name> with collectors.adapters.verl in the workers, see collectors/adapters/README.md",
 }
 _HOOK = "record from a forward hook on its PolicyLoss with collectors.Recorder"
 ADVICE: dict[str, dict[str, str]] = {
@@ -62,7 +62,7 @@ ADVICE: dict[str, dict[str, str]] = {
         LENGTH: "logging_steps=1", LOSS: "logging_steps=1",
     },
     "verl": {
-        LOGP_NEW: _ADAPTER["verl"], LOGP_OLD: _ADAPTER["verl"], GROUPS: _ADAPTER["verl"], LAYERS: _ADAPTER["verl"],
+        LOGP_NEW: _ADAPTER["verl"], LOGP_OLD: _ADAPTER["verl"], GROUPS: _ADAPTER["verl"],
         TOKEN_ENTROPY: "actor_rollout_ref.actor.calculate_entropy=true, then " + _ADAPTER["verl"],
         LOGP_ROLLOUT: "actor_rollout_ref.rollout.calculate_log_probs=true, then " + _ADAPTER["verl"],
         TEXT: "trainer.rollout_data_dir=DIR", ENTROPY: "actor_rollout_ref.actor.calculate_entropy=true",

@@ -26,7 +26,7 @@ from collectors.importers.formats import recognise
 from collectors.importers.steps import Notes
 
 LARGE = float(os.environ.get("BENCH_IMPORT_GB", "2"))
-_ROWS, _STEPS, _SEQUENCES, _LENGTH = 40_000, 4, 64, 1000
+_ROWS, _STEPS, _SEQUENCES, _LENGTH = 5_000, 4, 64, 1000
 _METRICS = [f"actor/metric_{i}" for i in range(28)] + ["actor/loss", "actor/grad_norm"]
 
 _PEAK = """

@@ -120,7 +120,7 @@ def test_the_answers_stay_and_the_files_become_few(tmp_path, monkeypatch, option
 # Stopped anywhere
 
 
-@pytest.mark.parametrize("kind", ["flight", "minimal", "ranks"])
+@pytest.mark.parametrize("kind", ["flight", "ranks", pytest.param("minimal", marks=pytest.mark.slow)])
 def test_the_answers_are_the_same_wherever_it_is_stopped(tmp_path, stop_after, kind):
     template = small_run(tmp_path / "template", kind)
     expected = everything(template)
@@ -146,7 +146,7 @@ def _compact_again_and_again(run: Path) -> None:
         compact(LocalStorage(run), wait=0.0, file_bytes=size)
 
 
-@pytest.mark.parametrize("kind", ["flight", "ranks"])
+@pytest.mark.parametrize("kind", ["flight", pytest.param("ranks", marks=pytest.mark.slow)])
 def test_kills_at_random_moments(tmp_path, kind):
     chance, unfinished = random.Random(1), 0
     run = small_run(tmp_path / "run", kind)

@@ -112,7 +112,7 @@ def check_sound(run: Path) -> None:
             assert column(opened, f"SELECT DISTINCT step FROM {table} EXCEPT SELECT step FROM steps") == []
 
 
-@pytest.mark.parametrize("tokens", ["flight", "all", "sample:8"])
+@pytest.mark.parametrize("tokens", ["flight", *(pytest.param(t, marks=pytest.mark.slow) for t in ("all", "sample:8"))])
 def test_the_disk_never_holds_more_than_the_limit(tmp_path, monkeypatch, peak, tokens):
     monkeypatch.setattr(store, "SEAL_AFTER_STEPS", 16)
     run, steps = tmp_path / "run", 260 if tokens == "sample:8" else 200

@@ -120,7 +120,7 @@ def soak(path: Path, seconds: float) -> None:
 
 
 def test_a_short_soak(tmp_path):
-    soak(tmp_path / "run", 20)
+    soak(tmp_path / "run", 12)
 
 
 @pytest.mark.slow

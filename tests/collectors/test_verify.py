@@ -350,7 +350,7 @@ def _write_for_a_while(path, seconds):
 
 def test_a_live_run_verifies_clean(tmp_path):
     run = tmp_path / "run"
-    writer = start(_write_for_a_while, run, 3.0)
+    writer = start(_write_for_a_while, run, 1.5)
     reads = 0
     while writer.is_alive():
         if (run / "run.json").exists():
