@@ -71,6 +71,8 @@ class Recorder:
         rank, world_size: of this process; default: those of torchrun (RANK, WORLD_SIZE), else one rank. Ranks write
             side by side, each through a recorder of its own; readers merge them.
         launch: name of this start of the job, the same on all ranks; default: torchrun's or Slurm's, or found out.
+        by_segment: commit up to 256 steps at a time, for what is not live: a tenth of the work, and none of the steps
+            since the last commit survives the process.
 
     Raises:
         StoreError: the folder cannot be written, is no run, or another live recorder writes this rank; or an argument
@@ -95,6 +97,7 @@ class Recorder:
         rank: int | None = None,
         world_size: int | None = None,
         launch: str | None = None,
+        by_segment: bool = False,
     ) -> None:
         self.objective = objectives.create(objective) if isinstance(objective, str) else objective
         what = TokenPolicy.parse(tokens)
@@ -113,7 +116,7 @@ class Recorder:
         self._store = StoreWriter(
             storage, self._manifest(storage, config, updates_per_iteration, settings), what=what, rank=self.rank,
             world_size=self.world_size, vocabulary=vocabulary, fsync=str(fsync), launch=launch or launch_of(os.environ),
-            limit=None if self.disk_limit is None else self.disk_limit // self.world_size,
+            limit=None if self.disk_limit is None else self.disk_limit // self.world_size, by_segment=by_segment,
         )  # fmt: skip
         self._attempt: int | None = None
         self._last_step = self._store.last_step

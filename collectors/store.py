@@ -56,6 +56,7 @@ class StoreWriter:
         fsync: "step" (every commit survives a power cut), "seal" (sealed files do), "never" (a killed process loses
             nothing, a power cut may).
         launch: see WriterLock.
+        by_segment: write no file of a single step, so that steps are committed when their segment is.
 
     Raises:
         StoreError: the place cannot be created or written, holds something else, or the rank has another live writer.
@@ -73,7 +74,9 @@ class StoreWriter:
         limit: int | None = None,
         fsync: str = EVERY_STEP,
         launch: str | None = None,
+        by_segment: bool = False,
     ) -> None:
+        self._by_segment = by_segment
         self.storage, self.rank, self.world_size = storage, rank, world_size
         self._fsync = fsync
         self._expired: deque[tuple[float, list[str]]] = deque()
@@ -203,14 +206,14 @@ class StoreWriter:
         try:
             for part in tables:
                 name = self._write_step(key, part)
-                if name:
+                if name is not None:
                     written.append((part, name))
                 elif part.table == layout.TOKENS:
                     rollup = without_tokens(rollup, part.level, len(part.rows))
             self._write_step(key, Rows(layout.ROLLUP, layout.HOT, rollup), always=True)
         except BaseException:
             # otherwise a sealed file of its neighbours would later pass for the commit of this step
-            for _, name in written:
+            for _, name in written if not self._by_segment else ():
                 with contextlib.suppress(OSError):
                     self.storage.delete(name)
                 self.retention.removed(name)
@@ -224,6 +227,10 @@ class StoreWriter:
         self._unlink_expired()
 
     def _write_step(self, key: StepKey, part: Rows, *, always: bool = False) -> str | None:
+        """Name of the file of one step; empty where its segment will be the first, None where there is no room."""
+        if self._by_segment and part.level == layout.HOT:
+            self._newest_rollup = ""
+            return ""
         data = encode(part.rows, part.table, fast=part.level == layout.HOT)
         name = layout.file_name(key.step, key.step, key.attempt, key.rank, data)
         name = f"{part.table}/{part.level}/{name}"
@@ -254,12 +261,12 @@ class StoreWriter:
         if segment is None or not segment.tables:
             return
         rows = pa.concat_tables(segment.tables).unify_dictionaries()
-        # where it fails the steps stay as they are, each in its own file
-        with contextlib.suppress(OSError, pa.ArrowException):
+        # where it fails the steps stay as they are, each in its own file, if they have one
+        with contextlib.suppress(*(() if self._by_segment else (OSError, pa.ArrowException))):
             # one step alone, too: only what is sealed can be thinned; the last one is the next writer's to seal
-            if len(segment.tables) > 1 or not at_end:
+            if len(segment.tables) > 1 or not at_end or self._by_segment:
                 self._write_range(table, layout.SEALED, segment.first, segment.last, segment.attempt, rows)
-                self._expire(segment.names)
+                self._expire([name for name in segment.names if name])
         with contextlib.suppress(OSError, pa.ArrowException):
             if table == layout.ROLLUP and self._zoom is not None:
                 self._zoom.add(rows)

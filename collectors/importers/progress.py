@@ -41,7 +41,7 @@ def state_of(run: Path) -> dict[str, Any]:
     if not rows:
         raise StoreError(f"import: {run} was recorded by a training, not imported. Give another --name.")
     state: dict[str, Any] = json.loads(rows[-1][0])
-    if more := rows_of(run) - int(state["rows"]):  # an import that was cut short has recorded them
+    if more := rows_of(run) - int(state["rows"]):  # an import that was cut short has recorded so many, or not all
         state |= {"records": state["records"] + more, "last": None}
     return state
 
@@ -50,3 +50,9 @@ def rows_of(run: Path) -> int:
     """Rows of all attempts."""
     with open_run(run) as opened:
         return int(opened.sql("SELECT count(*) FROM steps_all").fetchall()[0][0])
+
+
+def dropped_of(run: Path) -> int:
+    """Tokens that could not be written."""
+    with open_run(run) as opened:
+        return int(opened.sql("SELECT coalesce(sum(dropped_tokens), 0) FROM steps_all").fetchall()[0][0])

@@ -22,7 +22,7 @@ from collectors.importers.formats import AUTO, MHPO, recognise
 from collectors.importers.merging import merged
 from collectors.importers.mhpo_run import copy_run
 from collectors.importers.names import UNKNOWN, columns_of, framework_of
-from collectors.importers.progress import EVENT, count_sequences, fingerprint, rows_of, state_of
+from collectors.importers.progress import EVENT, count_sequences, dropped_of, fingerprint, rows_of, state_of
 from collectors.importers.steps import Format, ImportedStep, Notes
 from collectors.reader import open_run
 from collectors.recorder import Recorder
@@ -155,16 +155,21 @@ class _Import:
         if self._framework == UNKNOWN:
             self._framework = framework_of(name for record in first for name in record.metrics)
         last = first[0]
+        rows = rows_of(path) if before else 0
         with Recorder(
-            path, objective=self._objective, tokens="all", disk_limit=None, fsync="never", when_full="wait",
-            config={"import": self._description()}, rank=0, world_size=1,
+            path, objective=self._objective, tokens="all", disk_limit=None, fsync="seal", when_full="wait",
+            config={"import": self._description()}, rank=0, world_size=1, by_segment=True,
         ) as recorder:  # fmt: skip
             for record in chain(first, records):
                 self._record(recorder, record)
                 last = record
-            recorder.flush()
-            state = {"records": before + self._done.steps, "last": fingerprint(last), **self._told()}
-            recorder.event(EVENT, json.dumps({**state, "rows": rows_of(path)}))
+            rows += self._done.steps
+            state = {"records": before + self._done.steps, "rows": rows, "last": fingerprint(last), **self._told()}
+            recorder.event(EVENT, json.dumps(state))
+        if rows_of(path) != rows or dropped_of(path):
+            raise StoreError(
+                f"import: not all of it could be written to {path.parent}. Free disk space, then import again."
+            )
 
     def _record(self, recorder: Recorder, found: ImportedStep) -> None:
         columns, used = columns_of(found.metrics, self._framework)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import main
-from collectors import open_run
+from collectors import open_run, store
 from collectors.importers import FORMATS, import_run
 from collectors.importers.merging import merged
 from collectors.importers.mhpo_run import copy_run
@@ -197,12 +197,49 @@ def test_following_takes_what_is_added_until_it_is_stopped(tmp_path):
         assert process.stdout is not None
         assert "read as" in process.stdout.readline()
         log.write_text("".join(lines))
-        give_up = time.monotonic() + 60
-        while column(out / "log", "SELECT max(step) FROM steps") != [3]:
-            assert time.monotonic() < give_up
-            time.sleep(0.2)
+        told = [process.stdout.readline()]
+        while told[-1] and "2 steps more." not in told[-1]:
+            told.append(process.stdout.readline())
     finally:
         process.send_signal(signal.SIGINT)
-        told, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors == "" and "2 steps more." in told
+        errors = process.communicate(timeout=30)[1]
+    assert (process.returncode, errors) == (130, "") and "2 steps more." in told[-1]
     assert column(out / "log", "SELECT step FROM steps_all") == [0, 1, 2, 3]
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_run(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log.csv"
+    log.write_text("step,loss\n" + "".join(f"{s},0.5\n" for s in range(600)))
+    write, room = LocalStorage.write, [2]
+
+    def full(self, name, data, *, fsync):
+        if "/sealed/" in name:
+            room[0] -= 1
+            if room[0] < 0:
+                raise OSError(28, "No space left on device")
+        write(self, name, data, fsync=fsync)
+
+    monkeypatch.setattr(LocalStorage, "write", full)
+    assert main(["import", str(log), "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Free disk space, then import again." in error
+    assert list((tmp_path / "runs").iterdir()) == []
+    monkeypatch.undo()
+    assert import_run([log], tmp_path / "runs").steps == 600
+    run = tmp_path / "runs" / "log"
+    assert len(list((run / "rollup" / "sealed").iterdir())) == 3 and not list((run / "rollup").glob("hot/*"))
+    assert verify(LocalStorage(run)).findings == []
+
+
+def test_tokens_of_several_segments_and_attempts_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SEAL_AFTER_STEPS", 3)
+    export = tmp_path / "token_exports"
+    for step in range(8):
+        shutil.copytree(DATA / "prime-rl" / "token_exports" / "step_3", export / f"step_{step}")
+        for file in (export / f"step_{step}").glob("*.jsonl"):
+            file.write_text(file.read_text().replace('"step":3', f'"step":{step}'))
+    assert import_run([export], tmp_path / "runs").tokens == 80
+    with open_run(tmp_path / "runs" / "token_exports") as run:
+        assert rows(run, "SELECT step, n_tokens FROM steps") == [(s, 10) for s in range(8)]
+        assert rows(run, "SELECT step, count(*) FROM tokens GROUP BY step ORDER BY step") == [(s, 10) for s in range(8)]
+        assert column(run, "SELECT count(DISTINCT sequence_id) FROM sequences") == [16]
