@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from collectors.adapters.harmless import harmless
 from collectors.adapters.trl_settings import (
     ends,
     objective_of,
@@ -27,23 +28,6 @@ from mhpo_core.gradients import GradientNorms, gradient_norms
 _LOG = logging.getLogger(__name__)
 ROW = "mhpo_sequence_id"
 """Rides with the completions through TRL's shuffling and splitting."""
-
-
-def _harmless(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Training goes on whatever happens to its telemetry; the first error of a kind is logged."""
-    told: set[str] = set()
-
-    @wraps(action)
-    def attempt(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return action(*args, **kwargs)
-        except Exception as error:
-            if (kind := f"{type(error).__name__}: {error}") not in told:
-                told.add(kind)
-                _LOG.warning("trl: %s failed (%s); training goes on without that telemetry.", action.__name__, kind)
-            return None
-
-    return attempt
 
 
 class StepTelemetry:
@@ -67,6 +51,7 @@ class StepTelemetry:
         self._norms: GradientNorms | None = None
         self._known: dict[int, dict[str, Any]] = {}
         self._generations = 0
+        self._told = False
         self._pending: tuple[int, dict[str, float]] | None = None
         self._ready: dict[str, Any] = {}
         trainer.add_callback(_boundaries(self))
@@ -92,7 +77,7 @@ class StepTelemetry:
         self.flush()
         del self._trainer.accelerator.clip_grad_norm_
 
-    @_harmless
+    @harmless
     def measure_gradients(self) -> None:
         """Norms of the gradients as they are now, unless clipping has measured them before it changed them."""
         if self._norms is None:
@@ -127,7 +112,7 @@ class StepTelemetry:
             if entropy is not None:
                 self._read["entropy"] = entropy.detach()
 
-    @_harmless
+    @harmless
     def generated(self, found: Mapping[str, Any]) -> Tensor:
         """Note rewards, groups and texts of new completions; returns their ids, the same on every rank."""
         n_rows, rank = len(found["completion_ids"]), self._trainer.accelerator.process_index
@@ -165,14 +150,21 @@ class StepTelemetry:
         # as TRL does: a function that gives no reward to a row counts as 0
         return [float(v) for v in each.nansum(dim=1).tolist()]
 
-    @_harmless
+    @harmless
     def keep(self, inputs: Mapping[str, Any]) -> None:
         """The tokens of a micro-batch whose loss has just been computed."""
         read, self._read = self._read, None
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
-        if not read or not bool(mask.any()):
+        if not read:
+            if not self._told:
+                self._told = True
+                reason = "the loss read no log-probabilities that can be seen, as with use_liger_loss"
+                _LOG.warning("trl: %s; steps are recorded without their tokens.", reason)
+                self.recorder.event("dropped", f"tokens: {reason}")
+            return
+        if not bool(mask.any()):
             return
         logp_new = read["logp_new"]
         old = inputs.get("old_per_token_logps")
@@ -187,7 +179,7 @@ class StepTelemetry:
         if ROW in inputs:
             self._ids.append(inputs[ROW])
 
-    @_harmless
+    @harmless
     def step_ended(self, step: int) -> None:
         """Gather what belongs to the optimizer step that has just been made; its scalars are logged after this."""
         self.flush()
@@ -209,13 +201,13 @@ class StepTelemetry:
         lag = [step - 1 - k.get("born", step - 1) for k in known]
         return Sequences(sequence_id=ids, group_id=[k.get("group_id", -1) for k in known], policy_lag=lag, **given)
 
-    @_harmless
+    @harmless
     def logged(self, step: int, logs: Mapping[str, Any]) -> None:
         """Scalars that TRL logs about the step that has just ended."""
         if self._pending is not None and self._pending[0] == step:
             self._pending[1].update({n: float(v) for n, v in logs.items() if isinstance(v, int | float)})
 
-    @_harmless
+    @harmless
     def flush(self) -> None:
         """Record the step that ended, with what was logged about it."""
         if self._pending is None:

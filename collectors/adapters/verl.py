@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collectors.adapters.harmless import harmless
 from collectors.adapters.verl_calls import MicroBatch, policy_loss_call, whole_loss_call
 from collectors.adapters.verl_settings import (
     PREFIX,
@@ -43,7 +44,7 @@ from collectors.adapters.verl_settings import (
     repeats_another_rank,
     setting,
 )
-from collectors.adapters.verl_steps import StepTelemetry, harmless
+from collectors.adapters.verl_steps import StepTelemetry
 from collectors.recorder import Recorder
 
 __all__ = ["RECORDED", "active", "close", "objective_of", "recording", "recording_ppo_loss", "register"]

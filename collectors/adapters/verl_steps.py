@@ -7,41 +7,22 @@ number of tokens.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from collectors.adapters.harmless import harmless
 from collectors.adapters.verl_calls import MicroBatch
 from collectors.adapters.verl_settings import steps_made
 from collectors.recorder import Recorder
 from mhpo_core.batch import Sequences, concatenate
 
-_LOG = logging.getLogger(__name__)
 _JOIN: dict[str, Callable[[list[float]], float]] = {
     "mean": lambda values: math.fsum(values) / len(values), "sum": math.fsum, "min": min, "max": max,
 }  # fmt: skip
-
-
-def harmless(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Training goes on whatever happens to its telemetry; the first error of a kind is logged."""
-    told: set[str] = set()
-
-    @wraps(action)
-    def attempt(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return action(*args, **kwargs)
-        except Exception as error:
-            if (kind := type(error).__name__) not in told:
-                told.add(kind)
-                _LOG.warning("verl: recording failed (%s: %s); training goes on without that telemetry.", kind, error)
-            return None
-
-    return attempt
 
 
 class StepTelemetry:

@@ -214,6 +214,17 @@ def test_the_private_read_gives_what_the_hook_gives(tmp_path, monkeypatch):
     assert tokens(tmp_path / "hook") == tokens(tmp_path / "hook alone") == tokens(tmp_path / "private alone") != []
 
 
+def test_a_loss_that_cannot_be_read_says_so_and_keeps_the_rest(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trl_steps.StepTelemetry, "saw", lambda *a: None)
+    trainer = recorded(tmp_path, max_steps=2)
+    with open_run(tmp_path / "run") as run:
+        assert column(run, "SELECT loss FROM steps") == pytest.approx([r["loss"] for r in logged(trainer)], abs=1e-7)
+        assert column(run, "SELECT n_tokens FROM steps") == [None, None]
+        (detail,) = column(run, "SELECT detail FROM events WHERE kind = 'dropped'")
+        assert "use_liger_loss" in detail
+    assert sum("without their tokens" in record.message for record in caplog.records) == 1, "said once"
+
+
 def test_telemetry_that_fails_does_not_stop_training(tmp_path, monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("no space for this")
