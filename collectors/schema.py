@@ -113,7 +113,7 @@ class StepKey:
 
     def columns(self, n_rows: int) -> dict[str, pa.Array]:
         """The key repeated for every row, as dictionaries of one entry, which are cheap to make and to write."""
-        zeros = pa.array(np.zeros(n_rows, np.int8))
+        zeros = pa.array(np.zeros(n_rows, np.int32))  # a segment has more steps than fit eight bits
         entries = {n: pa.array([getattr(self, n)], kind) for n, kind in _KEY}
         return {n: pa.DictionaryArray.from_arrays(zeros, entry) for n, entry in entries.items()}
 

@@ -257,3 +257,16 @@ def test_ids_of_unnamed_sequences_are_unique_within_the_run(tmp_path):
         assert column(opened, "SELECT count(DISTINCT sequence_id) FROM raw_sequences") == [6 * B]
         per_step = "SELECT step, count(*), min(sequence_id) FROM sequences GROUP BY step ORDER BY step"
         assert rows(opened, per_step) == [(0, B, 0), (1, B, 3 * B), (2, B, 4 * B), (3, B, 5 * B)]
+
+
+def test_a_segment_of_the_usual_length_keeps_every_token(tmp_path):
+    run, batch = tmp_path / "run", token_batch(0)
+    with new_recorder(run, tokens="all", when_full="wait") as recorder:
+        for step in range(store.SEAL_AFTER_STEPS + 4):
+            recorder.record(step, batch)
+    with open_run(run) as opened:
+        assert column(opened, "SELECT sum(dropped_tokens) FROM steps") == [0]
+        counts = column(opened, "SELECT count(*) FROM tokens GROUP BY step")
+        assert counts == [int(batch.mask.sum())] * (store.SEAL_AFTER_STEPS + 4)
+        assert column(opened, "SELECT kind FROM events") == ["started", "finished"]
+    assert [f.last - f.first for f in list_level(LocalStorage(run), "tokens", "sealed") if f.first == 0] == [255]
