@@ -1,0 +1,7 @@
+"""Collapse alarms: summaries of steps in, findings out. Pure: it reads no store and starts no thread."""
+
+from mhpo_core.alarms.engine import Alarm, AlarmEngine, Evaluation
+from mhpo_core.alarms.modes import MODES, Mode
+from mhpo_core.alarms.settings import Settings
+
+__all__ = ["MODES", "Alarm", "AlarmEngine", "Evaluation", "Mode", "Settings"]

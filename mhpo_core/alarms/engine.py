@@ -1,0 +1,197 @@
+"""The alarm engine: one step after the other in, evaluations and alarms out.
+
+It looks at no later step, so a live run and the stored one give the same alarms. A run that is rewound starts a new
+engine, fed with the steps that still count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mhpo_core.alarms.detector import Detector
+from mhpo_core.alarms.modes import Sign, advice_for, mode_of
+from mhpo_core.alarms.readings import readings_of
+from mhpo_core.alarms.rules import CRITICAL, RULES, WARNING, Finding, Rule, State, fused_score
+from mhpo_core.alarms.settings import Settings
+from mhpo_core.alarms.signals import FAMILIES, SIGNALS
+
+_REWARD_SPAN = 0.08  # a spread below this share of the reward's range is noise
+_SIGN = 2.0  # cumulative sum from which a signal is named as evidence
+_LR_FACTOR = 1.8
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing that a rule raised.
+
+    Args:
+        id: unique in a run.
+        rule: which rule.
+        mode: key of MODES.
+        severity: "warning" or "critical".
+        step: at which it could first be raised, knowing nothing later.
+        onset_step: of its first sign.
+        value, threshold: that were compared.
+        message: one sentence.
+        evidence: signs in order of their onsets, the last step before the first of them, and what collectors add.
+        advice: what to do, with sources.
+    """
+
+    id: str
+    rule: str
+    mode: str
+    severity: str
+    step: int
+    onset_step: int
+    value: float
+    threshold: float
+    message: str
+    evidence: dict[str, Any]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `mhpo check --json` prints it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the engine made of one step; every step has one, whether or not anything was raised.
+
+    Args:
+        level: "", "warning" or "critical": whether a rule holds now, newly raised or not.
+        score: fused score of all families.
+        signals: cumulative sum of every signal that has one.
+        alarms: raised at this step.
+    """
+
+    step: int
+    level: str
+    score: float
+    signals: dict[str, float]
+    alarms: tuple[Alarm, ...]
+
+
+@dataclass
+class _Raised:
+    """When a rule last held, so that it raises once per episode."""
+
+    row: int
+    severity: str
+    raised: set[str] = field(default_factory=set)
+
+
+class AlarmEngine:
+    """Watches one run.
+
+    Args:
+        settings: thresholds.
+        rules: those that are evaluated.
+    """
+
+    def __init__(self, settings: Settings | None = None, rules: Iterable[Rule] = RULES) -> None:
+        self.settings = settings or Settings()
+        self._rules = tuple(rules)
+        self._state = State(
+            self.settings, detectors={name: Detector(self.settings, s.floor) for name, s in SIGNALS.items()}
+        )
+        self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.settings.memory) for name in FAMILIES}
+        self._episodes: dict[str, _Raised] = {}
+        self._steps: deque[int] = deque(maxlen=256)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Signal that never had data → how to have it."""
+        return {n: s.how for n, s in SIGNALS.items() if s.reading not in self._state.past}
+
+    def observe(self, step: int, scalars: Mapping[str, float | None]) -> Evaluation:
+        """Take one step in.
+
+        Args:
+            step: later than those before it.
+            scalars: columns of `steps` and the trainer's metrics; NaN and ±Inf are values, None and absence are none.
+        """
+        state, readings = self._state, readings_of(scalars)
+        state.remember(step, readings)
+        self._steps.append(step)
+        if "reward" in readings:
+            state.reward.observe(readings["reward"])
+        self._detect(step, readings)
+        held: dict[str, Finding] = {}
+        for finding in (f for rule in self._rules for f in rule.evaluate(state)):
+            if finding.rule not in held or finding.severity == CRITICAL:
+                held[finding.rule] = finding
+        alarms = tuple(alarm for finding in held.values() for alarm in self._raise(finding))
+        level = max((f.severity for f in held.values()), key=(WARNING, CRITICAL).index, default="")
+        signals = {name: d.score for name, d in state.detectors.items() if d.score > 0}
+        return Evaluation(step, level, fused_score(state), signals, alarms)
+
+    def _detect(self, step: int, readings: Mapping[str, float]) -> None:
+        strongest = dict.fromkeys(FAMILIES, 0.0)
+        for name, signal in SIGNALS.items():
+            detector = self._state.detectors[name]
+            if signal.reading in readings:
+                floor = _REWARD_SPAN * self._state.reward.span if signal.reading == "reward" else 0.0
+                detector.observe(step, signal.transformed(readings[signal.reading]), floor)
+            strongest[signal.family] = max(strongest[signal.family], detector.score * signal.weight)
+        for family, value in strongest.items():
+            self._recent[family].append(value)
+            self._state.families[family] = max(self._recent[family])
+
+    def _raise(self, finding: Finding) -> Iterable[Alarm]:
+        """The alarm if the rule did not hold lately, or holds more severely now."""
+        row, episode = self._state.row, self._episodes.get(finding.rule)
+        if episode is None or row - episode.row > self.settings.clear:
+            episode = self._episodes[finding.rule] = _Raised(row, finding.severity)
+        episode.row = row
+        if finding.severity in episode.raised or CRITICAL in episode.raised:
+            return
+        episode.raised.add(finding.severity)
+        yield self._alarm(finding)
+
+    def _alarm(self, finding: Finding) -> Alarm:
+        step, signs = self._state.step, self._signs(finding)
+        onsets = [s.onset_step for s in signs]
+        onset = finding.onset_step if finding.onset_step is not None else min(onsets, default=step)
+        first = min([onset, *onsets])
+        mode = finding.mode or mode_of(signs, self._lr_jumped())
+        before = [s for s in self._steps if s < first]
+        evidence = {
+            "signs": [asdict(s) for s in signs],
+            "last_good_step": before[-1] if before else None,
+            "score": fused_score(self._state),
+        }
+        order = ", ".join(f"{s.label} from {s.onset_step}" for s in signs)
+        message = f"Step {step}: {finding.message}." + (f" In order: {order}." if len(signs) > 1 else "")
+        return Alarm(
+            f"{finding.rule}@{step}", finding.rule, mode, finding.severity, step, onset, finding.value,
+            finding.threshold, message, evidence, advice_for(mode),
+        )  # fmt: skip
+
+    def _signs(self, finding: Finding) -> list[Sign]:
+        """The signals that the finding rests on and all others that have risen, in order of their onsets."""
+        found = []
+        for name, detector in self._state.detectors.items():
+            newest = self._state.last(SIGNALS[name].reading, 1)
+            named = name in finding.signals and newest
+            if not newest or not (named or detector.score >= _SIGN):
+                continue
+            signal = SIGNALS[name]
+            onset = detector.onset if detector.onset is not None else self._state.step
+            if named and detector.onset is None and finding.onset_step is not None:
+                onset = finding.onset_step
+            found.append(
+                Sign(name, signal.family, signal.label, onset, newest[0][1], self._usual(name), detector.score)
+            )
+        return sorted(found, key=lambda s: (s.onset_step, -s.score))
+
+    def _usual(self, name: str) -> float:
+        return self._state.typical(SIGNALS[name].reading, self.settings.window)
+
+    def _lr_jumped(self) -> bool:
+        rates = [v for _, v in self._state.last("lr", self.settings.window) if 0 < v < math.inf]
+        return any(b > _LR_FACTOR * a for a, b in zip(rates, rates[1:], strict=False))

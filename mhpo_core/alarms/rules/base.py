@@ -1,0 +1,116 @@
+"""What a rule sees of a run, and what it may say."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Protocol
+
+from mhpo_core.alarms.detector import Detector
+from mhpo_core.alarms.settings import Settings
+
+WARNING, CRITICAL = "warning", "critical"
+_KEPT = 64
+_AVERAGED = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found at one step.
+
+    Args:
+        rule: its name.
+        severity: WARNING or CRITICAL.
+        message: one sentence with the numbers.
+        value, threshold: of what was compared.
+        signals: names of the signals it rests on; the failure mode follows from them and their order.
+        mode: the failure mode, where the rule alone tells it.
+        onset_step: first step of what it saw; None: the earliest onset of its signals.
+    """
+
+    rule: str
+    severity: str
+    message: str
+    value: float
+    threshold: float
+    signals: tuple[str, ...] = ()
+    mode: str = ""
+    onset_step: int | None = None
+
+
+@dataclass
+class Reward:
+    """How the reward has fared: means over three rows, so that one bad batch is no fall."""
+
+    lowest: float = math.inf
+    highest: float = -math.inf
+    best: float = -math.inf
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_AVERAGED))
+
+    def observe(self, value: float) -> None:
+        if not math.isfinite(value):
+            return
+        self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
+        self.recent.append(value)
+        if len(self.recent) == _AVERAGED:
+            self.best = max(self.best, fmean(self.recent))
+
+    @property
+    def span(self) -> float:
+        """Highest minus lowest value so far."""
+        return max(0.0, self.highest - self.lowest)
+
+    def kept(self, value: float) -> float:
+        """The share of the best mean that a value is, counted from 0 or the lowest value, whichever is lower."""
+        bottom = min(self.lowest, 0.0)
+        return (value - bottom) / (self.best - bottom) if self.best - bottom > 1e-6 else math.nan
+
+
+@dataclass
+class State:
+    """A run up to and including one step.
+
+    Args:
+        row: number of steps seen before this one.
+        readings: of this step.
+        detectors: by signal.
+        families: family → the cumulative sums of its strongest signal over the last rows, weighted.
+    """
+
+    settings: Settings
+    step: int = 0
+    row: int = -1
+    readings: Mapping[str, float] = field(default_factory=dict)
+    detectors: dict[str, Detector] = field(default_factory=dict)
+    families: dict[str, float] = field(default_factory=dict)
+    reward: Reward = field(default_factory=Reward)
+    past: dict[str, deque[tuple[int, float]]] = field(default_factory=dict)
+
+    def remember(self, step: int, readings: Mapping[str, float]) -> None:
+        """Take a step in."""
+        self.step, self.readings = step, readings
+        self.row += 1
+        for name, value in readings.items():
+            self.past.setdefault(name, deque(maxlen=_KEPT)).append((step, value))
+
+    def last(self, name: str, count: int) -> list[tuple[int, float]]:
+        """(step, value) of the last rows that had the reading, the newest last."""
+        return list(self.past.get(name, ()))[-count:]
+
+    def typical(self, name: str, count: int, skip: int = 1) -> float:
+        """Median of the finite values before the last `skip` ones; NaN where there are none."""
+        values = [v for _, v in list(self.past.get(name, ()))[:-skip][-count:] if math.isfinite(v)]
+        return median(values) if values else math.nan
+
+
+class Rule(Protocol):
+    """One way in which a run can be seen to fail."""
+
+    name: str
+    about: str
+
+    def evaluate(self, state: State) -> Iterable[Finding]:
+        """What it finds at this step; nothing where its data is missing."""

@@ -1,0 +1,95 @@
+"""The policy moves too far within one batch: tails of the importance ratio, by the sign of the advantage."""
+
+from __future__ import annotations
+
+from mhpo_core.alarms.signals.base import Family, Signal, log_from
+
+_NAME = "ratio"
+FAMILY = Family(
+    _NAME,
+    weight=1.0,
+    label="importance ratio",
+    signals=(
+        Signal(
+            "log_ratio_spread",
+            _NAME,
+            "standard deviation of the log-ratio",
+            "log_ratio_spread",
+            scale=log_from(1e-4),
+            floor=0.25,
+            healthy="steady for one learning rate and one number of updates per batch",
+            source="VCPO, arXiv 2602.17616: collapse is predicted by the tail of the ratios",
+        ),
+        Signal(
+            "log_ratio_extreme",
+            _NAME,
+            "largest shift of any token",
+            "log_ratio_extreme",
+            scale=log_from(1e-2),
+            floor=0.4,
+            healthy="a few nats",
+            source="Trust Region Masking: the error bound depends on the largest divergence",
+        ),
+        Signal(
+            "contraction",
+            _NAME,
+            "contraction of tokens with A < 0 (policy erosion)",
+            "contraction",
+            scale=log_from(1e-3),
+            floor=0.35,
+            healthy="steady",
+            source="arXiv 2603.16929; LLD, arXiv 2512.04220",
+        ),
+        Signal(
+            "expansion",
+            _NAME,
+            "expansion of tokens with A > 0 (towards mode collapse)",
+            "expansion",
+            scale=log_from(1e-3),
+            floor=0.35,
+            healthy="steady",
+            source="arXiv 2603.16929; arXiv 2505.22617",
+        ),
+        Signal(
+            "ess",
+            _NAME,
+            "effective sample size",
+            "ess",
+            scale=log_from(1e-3),
+            floor=0.05,
+            falling=True,
+            healthy="above 0.5 of the tokens, 0.3 at least",
+            source="verl docs/algo/rollout_corr.md",
+        ),
+        Signal(
+            "hazard",
+            _NAME,
+            "cumulative hazard",
+            "hazard",
+            scale=log_from(1e-3),
+            floor=0.25,
+            healthy="steady: it follows from the ratios",
+            source="arXiv 2603.16929",
+        ),
+        Signal(
+            "clip_fraction",
+            _NAME,
+            "tokens whose gradient the bounds stop",
+            "clip_fraction",
+            scale=log_from(1e-4),
+            floor=0.5,
+            healthy="comparable within one loss only",
+            source="GSPO clips 100 times more than GRPO and is more stable",
+        ),
+        Signal(
+            "kl_policy",
+            _NAME,
+            "KL(old‖new)",
+            "kl_policy",
+            scale=log_from(1e-5),
+            floor=0.7,
+            healthy="below 0.02 nats",
+            source="microsoft/post-training-toolkit; CleanRL target_kl",
+        ),
+    ),
+)
