@@ -16,6 +16,7 @@ COMMANDS = {
     "dash": "serve the dashboard over a folder of runs",
     "runs": "list the runs of a folder",
     "sql": "query a run with read-only SQL",
+    "check": "look for collapse in stored runs: failure mode, first signs, advice",
     "verify": "check every file of a run",
     "compact": "merge the files of a run into fewer, larger ones; also upgrades an older store",
     "import": "make runs of what other tools have logged or dumped",

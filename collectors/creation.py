@@ -14,7 +14,15 @@ from collectors.schema import VOCABULARY_SCHEMA, utf8
 from collectors.storage import TEMPORARY, Storage
 from mhpo_core.errors import StoreError
 
-_OWN_NAMES = {*layout.STEP_TABLES, layout.EVENTS, layout.ATTEMPTS, layout.WRITERS, layout.VOCABULARY, layout.CHECKPOINT}
+_OWN_NAMES = {
+    *layout.STEP_TABLES,
+    layout.EVENTS,
+    layout.ALARMS,
+    layout.ATTEMPTS,
+    layout.WRITERS,
+    layout.VOCABULARY,
+    layout.CHECKPOINT,
+}
 
 
 def create_run(

@@ -96,8 +96,8 @@ def _check(storage: Storage, name: str, size: int, found: Verification) -> None:
     file: StepFile | EventFile | None = None
     if level in layout.LEVELS.get(table, ()):
         file = layout.parse_name(folder, base)
-    elif folder == layout.EVENTS:
-        file = layout.parse_event(base)
+    elif folder in (layout.EVENTS, layout.ALARMS):
+        file = layout.parse_event(base, folder)
     found.files += 1
     found.size += size
     if file is not None:

@@ -20,6 +20,7 @@ from mhpo_core.errors import StoreError
 
 SCHEMA_VERSION = 3
 MANIFEST, VOCABULARY, EVENTS, ATTEMPTS, WRITERS = "run.json", "vocabulary.parquet", "events", "attempts", "writers"
+ALARMS = "alarms"
 CHECKPOINT = "checkpoint"
 ROLLUP, TOKENS, SEQUENCES = "rollup", "tokens", "sequences"
 STEP_TABLES = (TOKENS, SEQUENCES, ROLLUP)
@@ -100,12 +101,12 @@ def event_name(number: int, rank: int, data: Any) -> str:
     return f"e{number:09d}.r{rank:03d}.{zlib.crc32(data):08x}.{len(data)}.parquet"
 
 
-def parse_event(name: str) -> EventFile | None:
-    """The event of that file name, or None for anything else."""
+def parse_event(name: str, folder: str = EVENTS) -> EventFile | None:
+    """The event or alarm of that file name, or None for anything else."""
     found = _EVENT.fullmatch(name)
     if not found:
         return None
-    return EventFile(int(found[1]), int(found[2]), found[3], f"{EVENTS}/{name}", int(found[4]))
+    return EventFile(int(found[1]), int(found[2]), found[3], f"{folder}/{name}", int(found[4]))
 
 
 def holds_its_bytes(file: StepFile | EventFile, data: bytes) -> bool:
@@ -113,11 +114,11 @@ def holds_its_bytes(file: StepFile | EventFile, data: bytes) -> bool:
     return len(data) == file.size and f"{zlib.crc32(data):08x}" == file.crc
 
 
-def list_events(storage: Storage, damaged: list[EventFile] | None = None) -> list[EventFile]:
-    """Whole events in their order."""
+def list_events(storage: Storage, damaged: list[EventFile] | None = None, folder: str = EVENTS) -> list[EventFile]:
+    """Whole events, or alarms, in their order."""
     found = []
-    for name, size in storage.list(EVENTS).items():
-        event = parse_event(name)
+    for name, size in storage.list(folder).items():
+        event = parse_event(name, folder)
         if event and event.size == size:
             found.append(event)
         elif event and damaged is not None:

@@ -12,17 +12,19 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from collectors.alarms import LiveAlarms
 from collectors.intake import batch_bytes
 from collectors.policy import TokenPolicy
 from collectors.prepared import Ready, Step, prepare, without_batch, without_rows
 from collectors.store import StoreWriter
 from collectors.token_rows import TokenColumns
+from mhpo_core.alarms import CRITICAL
 from mhpo_core.objectives import Objective
 
 _LOG = logging.getLogger(__name__)
@@ -61,11 +63,20 @@ class Pipeline:
     Args:
         store: written by one of the threads alone from now on.
         waits: block `put` while too much waits, in place of dropping tokens.
+        alarms: watches the steps; None where nothing does.
     """
 
     def __init__(
-        self, store: StoreWriter, objective: Objective, what: TokenPolicy, how: TokenColumns, *, waits: bool
+        self,
+        store: StoreWriter,
+        objective: Objective,
+        what: TokenPolicy,
+        how: TokenColumns,
+        *,
+        waits: bool,
+        alarms: LiveAlarms | None = None,
     ) -> None:
+        self._alarms = alarms
         self._store, self._objective, self._what, self._how, self._waits = store, objective, what, how, waits
         self._room = threading.Condition()
         self._unmeasured = self._unwritten = 0  # bytes
@@ -160,10 +171,29 @@ class Pipeline:
             keeps_tokens = self._waits or self._unwritten <= WAITING_BYTES
         for part, keeps in ((step, keeps_tokens), (step, False), (without_batch(step), False)):
             try:
-                return prepare(part, self._objective, self._what, self._how, self._store.world_size, keeps)
+                ready = prepare(part, self._objective, self._what, self._how, self._store.world_size, keeps)
+                return self._watched(ready)
             except Exception as error:  # the trainer must go on whatever happens to its telemetry
                 self._warn(error)
         return None
+
+    def _watched(self, ready: Ready) -> Ready:
+        if self._alarms is None:
+            return ready
+        try:
+            rollup, alarms = self._alarms.watch(ready.key, ready.rollup)
+        except Exception as error:  # a step without an evaluation is better than none
+            self._warn(error)
+            return ready
+        critical = next((a for a in alarms if a.severity == CRITICAL), None)
+        incident = ready.incident or (f"alarm {critical.id}" if critical else "")
+        return replace(ready, rollup=rollup, alarms=alarms, incident=incident)
+
+    def settle(self, timeout: float) -> None:
+        """In the measuring thread: wait until what was measured is written, or so many seconds."""
+        done = threading.Event()
+        self._ready.put(_Call(lambda: None, done))
+        done.wait(timeout)
 
     def _write_until_closed(self) -> None:
         while (item := self._next()) is not None:
@@ -203,6 +233,8 @@ class Pipeline:
             lasts = not isinstance(error, OSError) or error.errno == errno.EFBIG
             if error is None:
                 self._forget(self._waiting.popleft().size, steps=1)
+                for alarm in ready.alarms:
+                    self._try(partial(self._store.alarm, alarm, ready.key.attempt))
                 if ready.incident:
                     self._try(partial(self._store.retention.pin, ready.incident, ready.key.step))
             elif ready.tables and (lasts or getattr(error, "errno", None) in _FULL):

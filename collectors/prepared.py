@@ -17,6 +17,7 @@ from collectors.ranks import parts_of
 from collectors.schema import StepKey, StepScalars, rollup_table
 from collectors.store import Rows, without_tokens
 from collectors.token_rows import StepRows, TokenColumns, sequence_table, step_rows
+from mhpo_core.alarms import Alarm
 from mhpo_core.batch import Sequences, TokenBatch
 from mhpo_core.objectives import Objective
 from mhpo_core.telemetry import Scalar
@@ -53,12 +54,14 @@ class Ready:
         tables: rows of tokens and sequences.
         rollup: its row of `rollup`.
         incident: why the ring should be pinned; empty if nothing is wrong.
+        alarms: that were raised at this step.
     """
 
     key: StepKey
     tables: tuple[Rows, ...]
     rollup: pa.Table
     incident: str = ""
+    alarms: tuple[Alarm, ...] = ()
 
     @property
     def size(self) -> int:

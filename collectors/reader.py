@@ -38,8 +38,8 @@ class RunFiles:
 class Run:
     """A stored run, live or finished, as DuckDB views. Make one with `open_run`.
 
-    The views are steps, steps_all, histograms, tokens, sequences, gradients, metrics, events. NULL means not
-    computed; NaN and ±Inf are stored as they are.
+    The views are steps, steps_all, histograms, tokens, sequences, gradients, metrics, events, alarms, evaluations.
+    NULL means not computed; NaN and ±Inf are stored as they are.
 
     Args:
         storage: where the run lies.
@@ -102,7 +102,9 @@ class Run:
         odd = {e.name for e in found.events if not self._events[e.name]}
         if not odd:
             return found
-        names = found.names | {"raw_events": tuple(n for n in found.names["raw_events"] if n not in odd)}
+        names = found.names | {
+            table: tuple(n for n in found.names[table] if n not in odd) for table in ("raw_events", "raw_alarms")
+        }
         return replace(found, names=names, damaged=tuple(sorted({*found.damaged, *odd})))
 
     def _source(self, name: str, files: tuple[str, ...]) -> str | None:
@@ -213,14 +215,15 @@ def list_run(storage: Storage) -> RunFiles:
     odd: list[layout.EventFile] = []
     names = {name: tuple(f.name for f in files) for name, files in found.items()}
     events = layout.list_events(storage, odd)
-    names["raw_events"] = tuple(e.name for e in events)
+    alarms = layout.list_events(storage, odd, layout.ALARMS)
+    names |= {"raw_events": tuple(e.name for e in events), "raw_alarms": tuple(e.name for e in alarms)}
     names["vocabulary"] = (layout.VOCABULARY,) if storage.exists(layout.VOCABULARY) else ()
     return RunFiles(
         tuple(rollup),
         names,
         {name: tuple(files) for name, files in found.items()},
         tuple(sorted({f.name for f in damaged} | {e.name for e in odd})),
-        tuple(events),
+        (*events, *alarms),
     )
 
 

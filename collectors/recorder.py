@@ -9,7 +9,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collectors.alarms import LiveAlarms, Summary, summaries_of
 from collectors.formulas import derivation
 from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, step_columns, trainer_scalars
 from collectors.packing import Packed, pack
 from collectors.pipeline import Pipeline
 from collectors.policy import TokenPolicy, parse_bytes
 from collectors.prepared import Step
+from collectors.reader import open_run
 from collectors.retention import PIN_AFTER
 from collectors.schema import StepKey
 from collectors.storage import Storage, open_storage
@@ -32,6 +34,7 @@ from collectors.store import FSYNC, StoreWriter
 from collectors.token_rows import COMPACT, EXACT, FULL, MINIMAL, TokenColumns
 from collectors.writers import launch_of
 from mhpo_core import objectives
+from mhpo_core.alarms import Alarm, Settings
 from mhpo_core.batch import Sequences, TokenBatch
 from mhpo_core.errors import BatchError, StoreError
 from mhpo_core.gradients import GradientNorms
@@ -40,6 +43,8 @@ from mhpo_core.objectives import Objective
 _LOG = logging.getLogger(__name__)
 
 DISK_LIMIT = "4GB"
+DEFAULT_ALARMS = Settings()
+_SETTLED_SECONDS = 30.0
 
 
 class Recorder:
@@ -71,6 +76,9 @@ class Recorder:
         rank, world_size: of this process; default: those of torchrun (RANK, WORLD_SIZE), else one rank. Ranks write
             side by side, each through a recorder of its own; readers merge them.
         launch: name of this start of the job, the same on all ranks; default: torchrun's or Slurm's, or found out.
+        alarms: thresholds of the alarm engine, which watches a run of one rank; None = nobody watches. `mhpo check`
+            finds the same alarms afterwards, for any number of ranks.
+        on_alarm: called with each alarm, in a thread of the recorder.
         by_segment: commit up to 256 steps at a time, for what is not live: a tenth of the work, and none of the steps
             since the last commit survives the process.
 
@@ -97,6 +105,8 @@ class Recorder:
         rank: int | None = None,
         world_size: int | None = None,
         launch: str | None = None,
+        alarms: Settings | None = DEFAULT_ALARMS,
+        on_alarm: Callable[[Alarm], None] | None = None,
         by_segment: bool = False,
     ) -> None:
         self.objective = objectives.create(objective) if isinstance(objective, str) else objective
@@ -122,7 +132,11 @@ class Recorder:
         self._last_step = self._store.last_step
         self._sequences_seen = self._store.next_sequence_id
         how = _stored_columns(self._store.manifest, self.objective)
-        self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait")
+        watch = None
+        if alarms is not None and self.world_size == 1:
+            begins = not self._store.resumed
+            watch = LiveAlarms(alarms, self._past, begins=begins, tell=on_alarm or _tell_nobody)
+        self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait", alarms=watch)
         self._closed = False
         atexit.register(self.close, "stopped", "the process exited without closing the recorder")
         self._say_how_it_starts(what)
@@ -135,6 +149,12 @@ class Recorder:
         rank = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
         self.event("resumed" if resumed else "started", f"pid {os.getpid()} on {socket.gethostname()}{rank}")
         _LOG.info("Recorder: %s", self.describe())
+
+    def _past(self, before: int) -> Iterator[Summary]:
+        """What is stored of the steps before one; asked by the thread that measures."""
+        self._pipeline.settle(_SETTLED_SECONDS)
+        with open_run(self.path) as run:
+            yield from summaries_of(run, before)
 
     @property
     def closed(self) -> bool:
@@ -306,6 +326,10 @@ class Recorder:
                 ) from None
         first, self._sequences_seen = self._sequences_seen, self._sequences_seen + n_sequences
         return np.arange(first, first + n_sequences, dtype=np.int64)
+
+
+def _tell_nobody(alarm: Alarm) -> None:
+    pass
 
 
 def _require(name: str, given: object, allowed: tuple[str, ...]) -> None:

@@ -90,6 +90,21 @@ EVENT_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
+ALARM_SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("step", pa.int64()),
+        ("attempt", pa.int32()),
+        ("time", pa.float64()),
+        *[(name, pa.string()) for name in ("id", "rule", "mode", "severity")],
+        ("onset_step", pa.int64()),
+        ("value", pa.float64()),
+        ("threshold", pa.float64()),
+        ("message", pa.string()),
+        ("evidence", pa.string()),
+        ("advice", pa.list_(pa.string())),
+    ]
+)
 VOCABULARY_SCHEMA = pa.schema([("token_id", pa.int32()), ("token", pa.string())])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from collectors import layout
+from collectors.alarm_files import alarm_file
 from collectors.attempts import Attempts
 from collectors.creation import adopt_settings, create_run, remove_temporary_files
 from collectors.encoding import encode, read_rows
@@ -23,6 +24,7 @@ from collectors.schema import EVENT_SCHEMA, StepKey, utf8
 from collectors.storage import Storage
 from collectors.writers import WriterLock
 from collectors.zoom import ZoomWriter
+from mhpo_core.alarms import Alarm
 from mhpo_core.errors import StoreError
 
 SEAL_AFTER_STEPS = 256
@@ -122,9 +124,10 @@ class StoreWriter:
                 for file in layout.list_level(self.storage, table, level):
                     if file.rank == self.rank:
                         yield file.name, file.size
-        for event in layout.list_events(self.storage):
-            if event.rank == self.rank:
-                yield event.name, event.size
+        for folder in (layout.EVENTS, layout.ALARMS):
+            for event in layout.list_events(self.storage, folder=folder):
+                if event.rank == self.rank:
+                    yield event.name, event.size
         if self.rank == 0:
             yield from ((n, s) for n, s in self.storage.list("").items() if n in (layout.MANIFEST, layout.VOCABULARY))
             for folder in (layout.ATTEMPTS, layout.WRITERS):
@@ -318,6 +321,12 @@ class StoreWriter:
         self.storage.write(name, data, fsync=self._fsync == EVERY_STEP)
         self.retention.added(name, data.size)
         self._numbers += 1
+
+    def alarm(self, alarm: Alarm, attempt: int) -> None:
+        """Commit one alarm."""
+        name, data = alarm_file(self.storage, alarm, attempt, self.rank)
+        self.storage.write(name, data, fsync=self._fsync == EVERY_STEP)
+        self.retention.added(name, data.size)
 
     def _next_number(self) -> int:
         return max((_event_number(n) for n in self.storage.list(layout.EVENTS)), default=-1) + 1

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from collectors.formulas import DERIVED, as_float, derivation
 from collectors.schema import (
+    ALARM_SCHEMA,
     EVENT_SCHEMA,
     ROLLUP_SCHEMA,
     SEQUENCE_SCHEMA,
@@ -26,11 +27,23 @@ SCHEMAS = {
     "raw_sequences": SEQUENCE_SCHEMA,
     "raw_texts": TEXT_SCHEMA,
     "raw_events": EVENT_SCHEMA,
+    "raw_alarms": ALARM_SCHEMA,
     "vocabulary": VOCABULARY_SCHEMA,
 }
 """Relation over files → its columns."""
 
-PUBLIC = ("steps", "steps_all", "histograms", "tokens", "sequences", "gradients", "metrics", "events")
+PUBLIC = (
+    "steps",
+    "steps_all",
+    "histograms",
+    "tokens",
+    "sequences",
+    "gradients",
+    "metrics",
+    "events",
+    "alarms",
+    "evaluations",
+)
 
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -76,9 +89,13 @@ def public_views(manifest: dict[str, Any], *, attempts: bool, ranks: bool) -> li
         "h.weight, h.advantage_weight FROM (SELECT step, unnest(histograms) AS h FROM latest_rollup)",
         f"{made} gradients AS SELECT step, rank, g.parameter, g.grad_norm, g.weight_norm, "
         f"g.nonfinite FROM (SELECT step, rank, unnest(gradients) AS g FROM raw_rollup {latest})",
-        f"{made} metrics AS SELECT step, m.name, m.value FROM (SELECT step, unnest(metrics) AS m FROM latest_rollup)",
+        f"{made} metrics AS SELECT step, m.name, m.value FROM (SELECT step, unnest(metrics) AS m FROM latest_rollup) "
+        "WHERE m.name NOT LIKE 'alarm/%'",
         _tokens_view(manifest, latest),
         f"{made} sequences AS {_sequences(latest)}",
+        f"{made} evaluations AS SELECT step, substr(m.name, 7) AS signal, m.value AS score FROM "
+        "(SELECT step, unnest(metrics) AS m FROM latest_rollup) WHERE m.name LIKE 'alarm/%'",
+        f"{made} alarms AS SELECT * EXCLUDE (number, attempt) FROM raw_alarms {latest} ORDER BY step, number",
         f"{made} events AS SELECT time, kind, detail FROM raw_events ORDER BY number, time",
     ]
 

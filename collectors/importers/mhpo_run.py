@@ -43,7 +43,7 @@ def _copy(source: Storage, target: Storage) -> int:
     # a step is committed by its file of rollup, so that of a live run comes last; run.json makes it a run
     folders = [f"{table}/{level}" for table in layout.STEP_TABLES for level in layout.LEVELS[table]]
     copied = 0
-    for folder in (*folders, layout.EVENTS, layout.ATTEMPTS):
+    for folder in (*folders, layout.EVENTS, layout.ALARMS, layout.ATTEMPTS):
         for base in source.list(folder):
             name = f"{folder}/{base}"
             if name not in damaged and not target.exists(name):

@@ -2,6 +2,7 @@
 
 from mhpo_core.alarms.engine import Alarm, AlarmEngine, Evaluation
 from mhpo_core.alarms.modes import MODES, Mode
+from mhpo_core.alarms.rules import CRITICAL, WARNING
 from mhpo_core.alarms.settings import Settings
 
-__all__ = ["MODES", "Alarm", "AlarmEngine", "Evaluation", "Mode", "Settings"]
+__all__ = ["CRITICAL", "MODES", "WARNING", "Alarm", "AlarmEngine", "Evaluation", "Mode", "Settings"]

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from mhpo_core.alarms.detector import Detector
@@ -22,6 +23,9 @@ from mhpo_core.alarms.signals import FAMILIES, SIGNALS
 _REWARD_SPAN = 0.08  # a spread below this share of the reward's range is noise
 _SIGN = 2.0  # cumulative sum from which a signal is named as evidence
 _LR_FACTOR = 1.8
+_LAYER_FACTOR = 3.0
+_LAYERS = 5
+_TOLD = 5  # signs that a message names; the evidence has all
 
 
 @dataclass(frozen=True)
@@ -102,22 +106,28 @@ class AlarmEngine:
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.settings.memory) for name in FAMILIES}
         self._episodes: dict[str, _Raised] = {}
         self._steps: deque[int] = deque(maxlen=256)
+        self._layers: dict[str, deque[float]] = {}
 
     @property
     def missing(self) -> dict[str, str]:
         """Signal that never had data → how to have it."""
         return {n: s.how for n, s in SIGNALS.items() if s.reading not in self._state.past}
 
-    def observe(self, step: int, scalars: Mapping[str, float | None]) -> Evaluation:
+    def observe(
+        self, step: int, scalars: Mapping[str, float | None], layers: Mapping[str, float] | None = None
+    ) -> Evaluation:
         """Take one step in.
 
         Args:
             step: later than those before it.
             scalars: columns of `steps` and the trainer's metrics; NaN and ±Inf are values, None and absence are none.
+            layers: parameter group → gradient norm, to say which of them rose.
         """
         state, readings = self._state, readings_of(scalars)
         state.remember(step, readings)
         self._steps.append(step)
+        for name, norm in (layers or {}).items():
+            self._layers.setdefault(name, deque(maxlen=self.settings.window)).append(norm)
         if "reward" in readings:
             state.reward.observe(readings["reward"])
         self._detect(step, readings)
@@ -164,8 +174,9 @@ class AlarmEngine:
             "signs": [asdict(s) for s in signs],
             "last_good_step": before[-1] if before else None,
             "score": fused_score(self._state),
+            "layers": self._risen_layers(),
         }
-        order = ", ".join(f"{s.label} from {s.onset_step}" for s in signs)
+        order = ", ".join(f"{s.label} from {s.onset_step}" for s in signs[:_TOLD])
         message = f"Step {step}: {finding.message}." + (f" In order: {order}." if len(signs) > 1 else "")
         return Alarm(
             f"{finding.rule}@{step}", finding.rule, mode, finding.severity, step, onset, finding.value,
@@ -188,6 +199,18 @@ class AlarmEngine:
                 Sign(name, signal.family, signal.label, onset, newest[0][1], self._usual(name), detector.score)
             )
         return sorted(found, key=lambda s: (s.onset_step, -s.score))
+
+    def _risen_layers(self) -> list[dict[str, Any]]:
+        """Parameter groups whose gradient norm stands out from its own past most, or is not finite."""
+        found: list[dict[str, Any]] = []
+        for name, norms in self._layers.items():
+            before = [v for v in list(norms)[:-1] if math.isfinite(v)]
+            usual = median(before) if before else math.nan
+            factor = norms[-1] / usual if usual > 0 else math.nan
+            if not math.isfinite(norms[-1]) or factor >= _LAYER_FACTOR:
+                found.append({"layer": name, "grad_norm": norms[-1], "usual": usual, "factor": factor})
+        found.sort(key=lambda row: -row["factor"] if math.isfinite(row["factor"]) else -math.inf)
+        return found[:_LAYERS]
 
     def _usual(self, name: str) -> float:
         return self._state.typical(SIGNALS[name].reading, self.settings.window)

@@ -20,46 +20,42 @@ class Reading:
 
     Args:
         names: columns of `steps` and names of trainers' metrics that hold it, the best first.
-        of: computes it from several columns; asked before the names.
+        of: computes it from those of `parts` that are known; tried before the names.
+        parts: columns that it is computed from.
         how: what a user sets to have it.
     """
 
     names: tuple[str, ...] = ()
-    of: Callable[[Scalars], float | None] | None = None
+    of: Callable[[list[float | None]], float | None] | None = None
+    parts: tuple[str, ...] = ()
     how: str = ""
 
-
-def _largest(*names: str) -> Callable[[Scalars], float | None]:
-    """The largest absolute value of the columns; NaN if one is NaN."""
-
-    def value(scalars: Scalars) -> float | None:
-        found = [abs(v) for v in (scalars.get(n) for n in names) if v is not None]
-        if any(math.isnan(v) for v in found):
-            return math.nan
-        return max(found, default=None)
-
-    return value
+    def value(self, scalars: Scalars) -> float | None:
+        """What the step says; None where it says nothing."""
+        found = self.of([scalars.get(p) for p in self.parts]) if self.of else None
+        if found is None:
+            found = next((scalars[n] for n in self.names if scalars.get(n) is not None), None)
+        return None if found is None else float(found)
 
 
-def _sum(*names: str) -> Callable[[Scalars], float | None]:
-    def value(scalars: Scalars) -> float | None:
-        found = [v for v in (scalars.get(n) for n in names) if v is not None]
-        return sum(found) if found else None
-
-    return value
+def _largest(values: list[float | None]) -> float | None:
+    """The largest absolute value; NaN if one is NaN."""
+    known = [abs(v) for v in values if v is not None]
+    return math.nan if any(map(math.isnan, known)) else max(known, default=None)
 
 
-def _dead_share(scalars: Scalars) -> float | None:
-    dead, groups = scalars.get("zero_std_groups"), scalars.get("n_groups")
-    return dead / groups if dead is not None and groups else None
+def _sum(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) if known else None
 
 
-def _negated(name: str) -> Callable[[Scalars], float | None]:
-    def value(scalars: Scalars) -> float | None:
-        found = scalars.get(name)
-        return None if found is None else -found
+def _share(values: list[float | None]) -> float | None:
+    part, whole = values
+    return part / whole if part is not None and whole else None
 
-    return value
+
+def _negative(values: list[float | None]) -> float | None:
+    return None if values[0] is None else -values[0]
 
 
 _ROLLOUT = (
@@ -89,7 +85,10 @@ READINGS: dict[str, Reading] = {
         how="record which sequences were truncated",
     ),
     "dead_groups": Reading(
-        ("frac_reward_zero_std", "zero_std"), of=_dead_share, how="record reward and group_id of every sequence"
+        ("frac_reward_zero_std", "zero_std"),
+        of=_share,
+        parts=("zero_std_groups", "n_groups"),
+        how="record reward and group_id of every sequence",
     ),
     "loss": Reading(("loss", "actor/pg_loss", "policy_loss"), how="record loss"),
     "lr": Reading(("lr", "learning_rate", "actor/lr"), how="log lr in metrics"),
@@ -102,12 +101,13 @@ READINGS: dict[str, Reading] = {
     ),
     "clip_fraction": Reading(
         ("clip_region", "clip_ratio/region_mean", "clip_ratio", "actor/pg_clipfrac", "policy/clipfrac_avg"),
-        of=_sum("clip_fraction_low", "clip_fraction_high"),
+        of=_sum,
+        parts=("clip_fraction_low", "clip_fraction_high"),
         how=_RATIO,
     ),
     "log_ratio_spread": Reading(("log_ratio_std",), how=_RATIO),
-    "log_ratio_extreme": Reading(of=_largest("log_ratio_min", "log_ratio_max"), how=_RATIO),
-    "contraction": Reading(of=_negated("log_ratio_p001_adv_neg"), how=_RATIO),
+    "log_ratio_extreme": Reading(of=_largest, parts=("log_ratio_min", "log_ratio_max"), how=_RATIO),
+    "contraction": Reading(of=_negative, parts=("log_ratio_p001_adv_neg",), how=_RATIO),
     "expansion": Reading(("log_ratio_p999_adv_pos",), how=_RATIO),
     "ess": Reading(("ess_fraction",), how=_RATIO),
     "hazard": Reading(("hazard_mean",), how="train with an objective that has a hazard (mhpo)"),
@@ -116,7 +116,8 @@ READINGS: dict[str, Reading] = {
     "token_gradient": Reading(("logit_grad_norm_max",), how=_RATIO),
     "mismatch_largest": Reading(
         ("lpdiff_max", "sampling/sampling_logp_difference/max", "training/rollout_probs_diff_max"),
-        of=_largest("mismatch_min", "mismatch_max"),
+        of=_largest,
+        parts=("mismatch_min", "mismatch_max"),
         how=_ROLLOUT,
     ),
     "mismatch_kl": Reading(
@@ -135,6 +136,10 @@ READINGS: dict[str, Reading] = {
 """Name → reading; the names of signals and rules refer to these."""
 
 
+NAMES = frozenset(name for reading in READINGS.values() for name in (*reading.names, *reading.parts))
+"""Every column and metric that a reading may come from."""
+
+
 def readings_of(scalars: Scalars) -> dict[str, float]:
     """The readings that a step has; NaN and ±Inf are values, None is none.
 
@@ -142,14 +147,8 @@ def readings_of(scalars: Scalars) -> dict[str, float]:
         scalars: columns of `steps` and metrics of the trainer, by name.
     """
     plain = {_plain(name): value for name, value in scalars.items()} | dict(scalars)
-    found: dict[str, float] = {}
-    for name, reading in READINGS.items():
-        value = reading.of(plain) if reading.of else None
-        if value is None:
-            value = next((plain[n] for n in reading.names if plain.get(n) is not None), None)
-        if value is not None:
-            found[name] = float(value)
-    return found
+    found = {name: reading.value(plain) for name, reading in READINGS.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _plain(name: str) -> str:

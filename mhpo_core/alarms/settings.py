@@ -51,7 +51,7 @@ class Settings:
     ceiling: float = 20.0
     warning: float = 8.0
     full: float = 8.0
-    excess: float = 1.25
+    excess: float = 1.0
     memory: int = 8
     critical: float = 2.2
     leading: float = 4.0

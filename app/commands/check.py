@@ -1,0 +1,116 @@
+"""`mhpo check RUN… [--json] [--fail-on warning|critical] [--set name=value]…`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from app.evidence import with_evidence
+from app.text import visible
+from collectors import alarms as stored_alarms
+from collectors import layout
+from collectors.reader import Run, open_run
+from collectors.writers import has_writer
+from mhpo_core.alarms import CRITICAL, MODES, WARNING, Alarm, AlarmEngine, Settings
+from mhpo_core.errors import ConfigError
+
+_FINDING = 1
+_SEVERITIES = (WARNING, CRITICAL)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, folders of them, or s3://bucket/folder")
+    parser.add_argument("--json", action="store_true", help="print JSON alone: {run id: [alarm, …]}")
+    parser.add_argument("--fail-on", choices=_SEVERITIES, help="exit with 1 if there is such an alarm, or a worse one")
+    parser.add_argument(
+        "--set", metavar="name=value", dest="changes", action="append", default=[], help="change a threshold"
+    )
+    parser.add_argument("--thresholds", action="store_true", help="print every threshold as name=value, and stop")
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = Settings().changed(dict(map(_change, options.changes)))
+    if options.thresholds:
+        print("\n".join(f"{name}={value:g}" for name, value in vars(settings).items()))
+        return 0
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in _run_paths(options.runs):
+        with open_run(path) as opened:
+            alarms, engine = stored_alarms.check(opened, settings)
+            if not options.changes:
+                _store(opened, alarms)
+            name = _unused(path.rstrip("/").rsplit("/", 1)[-1] if "://" in path else Path(path).resolve().name, found)
+            found[name] = [with_evidence(opened, alarm) for alarm in alarms]
+        if not options.json:
+            _print(name, alarms, engine)
+    if options.json:
+        print(json.dumps(_json(found), indent=2, allow_nan=False))
+    failing = _SEVERITIES[_SEVERITIES.index(options.fail_on) :] if options.fail_on else ()
+    return _FINDING if any(a["severity"] in failing for alarms in found.values() for a in alarms) else 0
+
+
+def _run_paths(given: list[str]) -> list[str]:
+    """The runs given, and those directly below a folder that is none itself."""
+    paths: list[str] = []
+    for path in given:
+        folder = Path(path)
+        below = [] if "://" in path or layout.is_run(folder) or not folder.is_dir() else sorted(folder.iterdir())
+        inside = [str(p) for p in below if p.is_dir() and layout.is_run(p)]
+        paths += inside or [path]
+    return paths
+
+
+def _change(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise ConfigError(
+            f"--set: got {text!r}, allowed is name=number. `mhpo check RUN --thresholds` prints the names."
+        ) from None
+
+
+def _store(opened: Run, alarms: list[Alarm]) -> None:
+    """Keep what was found with a run that nobody writes and that has no alarms yet; a read-only one stays as it is."""
+    with suppress(OSError):
+        if not opened.files.names["raw_alarms"] and not has_writer(opened.storage):
+            stored_alarms.store(opened, alarms)
+
+
+def _unused(name: str, taken: dict[str, Any]) -> str:
+    number = 2
+    unused = name
+    while unused in taken:
+        unused, number = f"{name} ({number})", number + 1
+    return unused
+
+
+def _print(name: str, alarms: list[Alarm], engine: AlarmEngine) -> None:
+    counts = {s: sum(a.severity == s for a in alarms) for s in _SEVERITIES}
+    print(f"{visible(name, 200)}: {counts[CRITICAL]} critical, {counts[WARNING]} warnings")
+    for alarm in alarms:
+        mark = "✗" if alarm.severity == CRITICAL else "!"
+        print(f"  {mark} {visible(alarm.message, 500)}")
+        if alarm.severity == CRITICAL:
+            mode, good = MODES[alarm.mode], alarm.evidence["last_good_step"]
+            print(f"    {mode.title}: {mode.cause}.")
+            print(f"    Last step before the first sign: {'none' if good is None else good}.")
+            for text in alarm.advice:
+                print(f"    - {text}")
+    if engine.missing:
+        print(f"  Not judged for lack of data: {', '.join(engine.missing)}.")
+        for how in sorted(set(engine.missing.values())):
+            print(f"    to have more, {how}")
+
+
+def _json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become their names."""
+    if isinstance(value, dict):
+        return {k: _json(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

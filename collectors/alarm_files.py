@@ -1,0 +1,37 @@
+"""Files of raised alarms, one each; named like events."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import pyarrow as pa
+
+from collectors import layout
+from collectors.encoding import encode
+from collectors.schema import ALARM_SCHEMA, utf8
+from collectors.storage import Storage
+from mhpo_core.alarms import Alarm
+
+
+def alarm_file(storage: Storage, alarm: Alarm, attempt: int, rank: int = 0) -> tuple[str, pa.Buffer]:
+    """Name and bytes of an alarm's file."""
+    listed = (layout.parse_event(n, layout.ALARMS) for n in storage.list(layout.ALARMS))
+    number = max((found.number for found in listed if found), default=-1) + 1
+    row = alarm.to_dict() | {
+        "number": number, "attempt": attempt, "time": time.time(), "message": utf8(alarm.message),
+        "evidence": json.dumps(_finite(alarm.evidence)),
+    }  # fmt: skip
+    data = encode(pa.Table.from_pylist([row], schema=ALARM_SCHEMA))
+    return f"{layout.ALARMS}/{layout.event_name(number, rank, data)}", data
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become their names."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

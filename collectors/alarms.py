@@ -1,0 +1,126 @@
+"""The alarm engine on a run: live, as steps are measured, and over a stored one. Both feed it the same numbers.
+
+What the engine makes of a step is stored with the step, as metrics named alarm/…: the view `evaluations`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from collectors.alarm_files import alarm_file
+from collectors.reader import Run
+from collectors.schema import TRAINER_METRIC, StepKey
+from mhpo_core.alarms import Alarm, AlarmEngine, Evaluation, Settings
+from mhpo_core.alarms.readings import NAMES
+from mhpo_core.metrics import METRICS
+
+_LOG = logging.getLogger(__name__)
+
+PREFIX = "alarm/"
+_LEVELS = {"": 0.0, "warning": 1.0, "critical": 2.0}
+_COLUMNS = tuple(name for name in METRICS if name in NAMES)
+_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the engine is given of a step."""
+
+    step: int
+    scalars: dict[str, float | None]
+    layers: dict[str, float]
+
+
+def summary_of(row: dict[str, Any]) -> Summary:
+    """The summary of a row of rollup."""
+    metrics = {m["name"]: m["value"] for m in row["metrics"] or [] if not m["name"].startswith(PREFIX)}
+    layers = {g["parameter"]: g["grad_norm"] for g in row["gradients"] or [] if g["grad_norm"] is not None}
+    columns = {name: row[name] for name in _COLUMNS if row[name] is not None}
+    return Summary(row["step"], metrics | columns, layers)
+
+
+def summaries_of(run: Run, before: int | None = None) -> Iterator[Summary]:
+    """Summaries of a run's steps in their order, of the latest attempt at each.
+
+    Args:
+        before: only earlier steps.
+    """
+    names = ", ".join(("step", *_COLUMNS, "metrics", "gradients"))
+    where = "" if before is None else f"WHERE step < {int(before)}"
+    found = run.sql(f"SELECT {names} FROM latest_rollup {where} ORDER BY step")
+    for batch in found.to_arrow_reader(_BATCH):
+        yield from map(summary_of, batch.to_pylist())
+
+
+def check(run: Run, settings: Settings | None = None) -> tuple[list[Alarm], AlarmEngine]:
+    """Every alarm of a stored run, as a live engine would have raised them, and the engine at its end."""
+    engine = AlarmEngine(settings)
+    found = [alarm for s in summaries_of(run) for alarm in engine.observe(s.step, s.scalars, s.layers).alarms]
+    return found, engine
+
+
+class LiveAlarms:
+    """Watches the steps of a recorder in the order in which they are measured.
+
+    Args:
+        past: summaries of the steps before one, as they are stored now; asked when a run continues or is rewound.
+        begins: the run has no steps yet.
+        tell: called with each alarm, in the thread that measures.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None,
+        past: Callable[[int], Iterator[Summary]],
+        *,
+        begins: bool,
+        tell: Callable[[Alarm], None] = lambda alarm: None,
+    ) -> None:
+        self._settings, self._past, self._tell = settings, past, tell
+        self._engine = AlarmEngine(settings) if begins else None
+        self._last_step = -1
+
+    def watch(self, key: StepKey, rollup: pa.Table) -> tuple[pa.Table, tuple[Alarm, ...]]:
+        """The step's row with what the engine made of it, and the alarms it raised."""
+        if self._engine is None or key.step <= self._last_step:
+            self._engine = AlarmEngine(self._settings)
+            for s in self._past(key.step):
+                self._engine.observe(s.step, s.scalars, s.layers)
+        self._last_step = key.step
+        row = {name: rollup[name][0].as_py() for name in ("step", *_COLUMNS, "metrics", "gradients")}
+        summary = summary_of(row)
+        found = self._engine.observe(summary.step, summary.scalars, summary.layers)
+        for alarm in found.alarms:
+            self._told(alarm)
+        return _with_evaluation(rollup, row["metrics"], found), found.alarms
+
+    def _told(self, alarm: Alarm) -> None:
+        try:
+            self._tell(alarm)
+        except Exception:  # the listener is the user's; the alarm is stored all the same
+            _LOG.warning("Recorder: on_alarm failed for %s; training goes on.", alarm.id, exc_info=True)
+
+
+def _with_evaluation(rollup: pa.Table, metrics: list[dict[str, Any]], found: Evaluation) -> pa.Table:
+    scores = {"level": _LEVELS[found.level], "score": found.score} | found.signals
+    added = [{"name": f"{PREFIX}{name}", "value": value} for name, value in scores.items()]
+    column = pa.array([[*metrics, *added]], pa.list_(TRAINER_METRIC))
+    index = rollup.schema.get_field_index("metrics")
+    return rollup.set_column(index, rollup.schema.field(index), column)
+
+
+def store(run: Run, alarms: list[Alarm]) -> None:
+    """Put the alarms of a check into the run.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    attempts = dict(run.sql("SELECT step, max(attempt) FROM steps_all GROUP BY step").fetchall())
+    for alarm in alarms:
+        name, data = alarm_file(run.storage, alarm, attempts.get(alarm.step, 0))
+        run.storage.write(name, data, fsync=True)
