@@ -17,6 +17,7 @@ COMMANDS = {
     "runs": "list the runs of a folder",
     "sql": "query a run with read-only SQL",
     "check": "look for collapse in stored runs: failure mode, first signs, advice",
+    "backtest": "what other alarm thresholds would have done on stored runs",
     "verify": "check every file of a run",
     "compact": "merge the files of a run into fewer, larger ones; also upgrades an older store",
     "import": "make runs of what other tools have logged or dumped",

@@ -6,17 +6,15 @@ import argparse
 import json
 import math
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from app.evidence import with_evidence
+from app.stored_runs import changes, named_runs
 from app.text import visible
 from collectors import alarms as stored_alarms
-from collectors import layout
 from collectors.reader import Run, open_run
 from collectors.writers import has_writer
 from mhpo_core.alarms import CRITICAL, MODES, WARNING, Alarm, AlarmEngine, Settings
-from mhpo_core.errors import ConfigError
 
 _FINDING = 1
 _SEVERITIES = (WARNING, CRITICAL)
@@ -33,17 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = Settings().changed(dict(map(_change, options.changes)))
+    settings = Settings().changed(changes(options.changes))
     if options.thresholds:
         print("\n".join(f"{name}={value:g}" for name, value in vars(settings).items()))
         return 0
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in _run_paths(options.runs):
+    for name, path in named_runs(options.runs).items():
         with open_run(path) as opened:
             alarms, engine = stored_alarms.check(opened, settings)
             if not options.changes:
                 _store(opened, alarms)
-            name = _unused(path.rstrip("/").rsplit("/", 1)[-1] if "://" in path else Path(path).resolve().name, found)
             found[name] = [with_evidence(opened, alarm) for alarm in alarms]
         if not options.json:
             _print(name, alarms, engine)
@@ -53,40 +50,11 @@ def run(options: argparse.Namespace) -> int:
     return _FINDING if any(a["severity"] in failing for alarms in found.values() for a in alarms) else 0
 
 
-def _run_paths(given: list[str]) -> list[str]:
-    """The runs given, and those directly below a folder that is none itself."""
-    paths: list[str] = []
-    for path in given:
-        folder = Path(path)
-        below = [] if "://" in path or layout.is_run(folder) or not folder.is_dir() else sorted(folder.iterdir())
-        inside = [str(p) for p in below if p.is_dir() and layout.is_run(p)]
-        paths += inside or [path]
-    return paths
-
-
-def _change(text: str) -> tuple[str, float]:
-    name, equals, value = text.partition("=")
-    try:
-        return name.strip(), float(value)
-    except ValueError:
-        raise ConfigError(
-            f"--set: got {text!r}, allowed is name=number. `mhpo check RUN --thresholds` prints the names."
-        ) from None
-
-
 def _store(opened: Run, alarms: list[Alarm]) -> None:
     """Keep what was found with a run that nobody writes and that has no alarms yet; a read-only one stays as it is."""
     with suppress(OSError):
         if not opened.files.names["raw_alarms"] and not has_writer(opened.storage):
             stored_alarms.store(opened, alarms)
-
-
-def _unused(name: str, taken: dict[str, Any]) -> str:
-    number = 2
-    unused = name
-    while unused in taken:
-        unused, number = f"{name} ({number})", number + 1
-    return unused
 
 
 def _print(name: str, alarms: list[Alarm], engine: AlarmEngine) -> None:
