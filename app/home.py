@@ -12,6 +12,7 @@ st.html("<style>[data-testid=stMainBlockContainer] { padding-left: 1.25rem; padd
 st.navigation(
     [
         st.Page(PAGES / "live.py", title="Live", icon=":material/monitoring:", default=True),
+        st.Page(PAGES / "alarms.py", title="Alarms", icon=":material/notifications:"),
         st.Page(PAGES / "runs.py", title="Runs", icon=":material/list:"),
     ],
     position="top",

@@ -14,6 +14,7 @@ import pyarrow as pa
 from app.figures.board import LIVE_METRICS, board
 from app.text import human_bytes, visible
 from app.theme import PALETTES
+from collectors.alarm_files import newest_critical
 from collectors.bins import Bins
 from collectors.layout import is_run
 from collectors.listing import run_size
@@ -21,12 +22,14 @@ from collectors.retention import pin_ring
 from collectors.storage import LocalStorage
 from collectors.tail import RunTail
 from collectors.window import Window
+from mhpo_core.alarms import MODES
 from mhpo_core.errors import StoreError
 
 # Nothing new for this long, and for ten times the usual pause between steps, is worth a warning.
 STALE_SECONDS = 30.0
 
 DISK_SECONDS = 5.0
+ALARM_SECONDS = 1.0
 MAX_COLUMNS = 2000
 """Of a zoomed window; more cannot be told apart on a screen."""
 
@@ -42,6 +45,7 @@ class LiveRun:
         self._lock = threading.Lock()
         self._built: OrderedDict[object, tuple[Any, str]] = OrderedDict()
         self._size = (-DISK_SECONDS, 0)
+        self._alarm: tuple[float, dict[str, Any] | None] = (-ALARM_SECONDS, None)
 
     def payload(self, window: str, steps: tuple[int, int] | None = None) -> str:
         """The board's data as JSON; the same text object until something changed.
@@ -79,17 +83,23 @@ class LiveRun:
             self._tail = RunTail(self._path, LIVE_METRICS)
         tail = self._tail
         tail.poll()
-        stale, size = _is_stale(tail), self._disk_size()
+        stale, size, alarm = _is_stale(tail), self._disk_size(), self._newest_alarm()
         if tail.windows[window].width <= int(tail.manifest.get("updates_per_iteration") or 1):
             steps = None  # drawn as finely as it can be
-        version, place = (tail.version, stale, size), (window, steps)
+        version, place = (tail.version, stale, size, alarm and alarm["id"]), (window, steps)
         if place not in self._built or self._built[place][0] != version:
             drawn = tail.windows[window] if steps is None else tail.zoom(*steps, max_points=MAX_COLUMNS)
-            self._built[place] = (version, json.dumps(_content(tail, window, drawn, stale, size)))
+            self._built[place] = (version, json.dumps(_content(tail, window, drawn, stale, size, alarm)))
         self._built.move_to_end(place)
         while len(self._built) > _PAYLOADS:
             self._built.popitem(last=False)
         return self._built[place][1]
+
+    def _newest_alarm(self) -> dict[str, Any] | None:
+        """The newest critical alarm, looked for again every second or so."""
+        if time.monotonic() - self._alarm[0] >= ALARM_SECONDS:
+            self._alarm = (time.monotonic(), newest_critical(LocalStorage(self._path)))
+        return self._alarm[1]
 
     def _disk_size(self) -> int:
         """Bytes of the run, counted again every few seconds."""
@@ -98,10 +108,15 @@ class LiveRun:
         return self._size[1]
 
 
-def _content(tail: RunTail, window: str, drawn: Window | Bins, stale: bool, size: int) -> dict[str, Any]:
+def _content(
+    tail: RunTail, window: str, drawn: Window | Bins, stale: bool, size: int, alarm: dict[str, Any] | None
+) -> dict[str, Any]:
     with tail.locked():
         manifest = tail.manifest
         level, text = _banner(tail, stale)
+        if alarm is not None and level in ("ok", "idle"):
+            title = MODES[alarm["mode"]].title if alarm["mode"] in MODES else visible(alarm["mode"])
+            level, text = "critical", f"Alarm at step {alarm['step']:,}: {title}. {text or 'The page Alarms says why.'}"
         return {
             "run": tail.name,
             "window": window,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from app.incidents import IncidentReader, Incidents
 from app.live import LiveRun
 from app.settings import first_run, runs_folder
 from collectors.listing import run_folders
 from mhpo_core.errors import StoreError
 
 _followers: dict[Path, LiveRun] = {}
+_incidents = IncidentReader()
 _lock = threading.Lock()
 
 
@@ -35,8 +37,14 @@ def follow(name: str) -> LiveRun:
         return _followers.setdefault(path, LiveRun(path))
 
 
+def incidents_of(name: str) -> Incidents:
+    """The alarms of a run of the folder, one of run_names()."""
+    return _incidents.read(runs_folder() / Path(name).name)
+
+
 def close_followers() -> None:
     """Close every follower; DuckDB complains about connections that are open when the interpreter ends."""
     with _lock:
         while _followers:
             _followers.popitem()[1].close()
+    _incidents.close()

@@ -11,9 +11,12 @@ import pyarrow as pa
 
 from collectors import layout
 from collectors.encoding import encode
+from collectors.events import read_event
 from collectors.schema import ALARM_SCHEMA, utf8
 from collectors.storage import Storage
-from mhpo_core.alarms import Alarm
+from mhpo_core.alarms import CRITICAL, Alarm
+
+_LOOKED_AT = 64  # newest alarms
 
 
 def alarm_file(storage: Storage, alarm: Alarm, attempt: int, rank: int = 0) -> tuple[str, pa.Buffer]:
@@ -26,6 +29,15 @@ def alarm_file(storage: Storage, alarm: Alarm, attempt: int, rank: int = 0) -> t
     }  # fmt: skip
     data = encode(pa.Table.from_pylist([row], schema=ALARM_SCHEMA))
     return f"{layout.ALARMS}/{layout.event_name(number, rank, data)}", data
+
+
+def newest_critical(storage: Storage) -> dict[str, Any] | None:
+    """The newest critical alarm that is stored, its step, mode and message; None where there is none."""
+    for file in reversed(layout.list_events(storage, folder=layout.ALARMS)[-_LOOKED_AT:]):
+        row = read_event(storage, file)
+        if row is not None and row["severity"] == CRITICAL:
+            return row
+    return None
 
 
 def _finite(value: Any) -> Any:

@@ -44,14 +44,15 @@ def summary_of(row: dict[str, Any]) -> Summary:
     return Summary(row["step"], metrics | columns, layers)
 
 
-def summaries_of(run: Run, before: int | None = None) -> Iterator[Summary]:
+def summaries_of(run: Run, before: int | None = None, after: int = -1) -> Iterator[Summary]:
     """Summaries of a run's steps in their order, of the latest attempt at each.
 
     Args:
         before: only earlier steps.
+        after: only later ones.
     """
     names = ", ".join(("step", *_COLUMNS, "metrics", "gradients"))
-    where = "" if before is None else f"WHERE step < {int(before)}"
+    where = f"WHERE step > {int(after)}" + ("" if before is None else f" AND step < {int(before)}")
     found = run.sql(f"SELECT {names} FROM latest_rollup {where} ORDER BY step")
     for batch in found.to_arrow_reader(_BATCH):
         yield from map(summary_of, batch.to_pylist())

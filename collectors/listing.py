@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from collectors import layout
+from collectors.alarm_files import newest_critical
 from collectors.encoding import read_rows
 from collectors.layout import EventFile, StepFile
 from collectors.state import RunState, run_state
@@ -26,8 +27,8 @@ class RunSummary:
         run_id: folder name, untrusted text.
         path: the run folder.
         state: what it is doing.
-        health: "non-finite" if its newest step has non-finite tokens or loss, "ok" otherwise, "no data" before the
-            first step.
+        health: "non-finite" if its newest step has non-finite tokens or loss, "critical at …" with the step of its
+            newest critical alarm, "ok" otherwise, "no data" before the first step.
         objective: name of the objective that trains.
         last_step: newest step, None before the first.
         last_time: when it was recorded, seconds since 1970.
@@ -95,12 +96,17 @@ def _summary(path: Path) -> RunSummary:
             return RunSummary(path.name, path, state, objective=objective, size=size, problem=problem)
         loss = row["loss"]
         odd = (row["nonfinite_count"] or 0) > 0 or (loss is not None and not math.isfinite(loss))
-        health = "non-finite" if odd else "ok"
+        health = "non-finite" if odd else _health(storage)
         return RunSummary(
             path.name, path, state, health, objective, row["step"], row["wall_time"], row["reward_mean"], size, problem
         )
     except (StoreError, pa.ArrowException, OSError) as error:
         return RunSummary(path.name, path, state, problem=str(error).splitlines()[0])
+
+
+def _health(storage: Storage) -> str:
+    alarm = newest_critical(storage)
+    return "ok" if alarm is None else f"critical at {alarm['step']}"
 
 
 def _newest_row(storage: Storage, files: list[StepFile]) -> dict[str, Any] | None:

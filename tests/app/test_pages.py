@@ -156,3 +156,46 @@ def test_the_page_says_how_a_run_ended(folder: Path, end: str, state: str) -> No
     shown = json.loads(session.follow("run").payload("all"))
     assert shown["state"] == state
     assert shown["banner"] and (end == "finished" or "because <b>of this</b>" in shown["banner"])
+
+
+def exploding(path: Path, n_steps: int = 24) -> None:
+    """A run whose gradient explodes at step 15, watched live; one layer's name is hostile."""
+    with Recorder(path, objective="mhpo") as recorder:
+        for step in range(n_steps):
+            norm = (1 + 0.1 * (step % 3)) * (1000 if step >= 15 else 1)
+            batch = token_batch(step, 3.0 if step >= 15 else 0.1)
+            recorder.record(step, batch, grad_norm=norm, gradient_norms={"<b onclick=x()>layer": norm, "head": 1.0})
+
+
+def test_an_alarm_is_on_every_page(folder: Path) -> None:
+    exploding(folder / "run")
+    assert payload(open_page())["level"] == "critical"
+    assert payload(open_page())["banner"].startswith("Alarm at step 1")
+    assert open_page("runs.py").dataframe[0].value["health"][0].startswith("critical at 1")
+    page = open_page("alarms.py")
+    assert "24 steps judged: " in page.text[0].value and " critical" in page.text[0].value
+    first = page.expander[0]
+    assert first.label.startswith("Step 1") and first.proto.expanded
+    shown = " ".join(text.value for text in first.text)
+    assert "Last step before the first sign" in " ".join(c.value for c in first.caption) and "14" in shown
+    signs = first.dataframe[0].value
+    assert list(signs["from step"]) == sorted(signs["from step"]) and signs["from step"][0] == 15
+    layers = next(d.value for d in first.dataframe if "layer" in d.value)
+    assert layers["layer"][0] == "<b onclick=x()>layer", "shown as text, in a table that makes no HTML of it"
+
+
+def test_a_page_of_alarms_follows_a_run(folder: Path) -> None:
+    exploding(folder / "run", n_steps=12)
+    page = open_page("alarms.py")
+    assert page.text[0].value == "12 steps judged: 0 critical, 0 warnings."
+    shutil.rmtree(folder / "run")
+    exploding(folder / "run")
+    assert session.incidents_of("run").steps in (12, 24)
+    session.close_followers()
+    assert session.incidents_of("run").steps == 24
+
+
+def test_the_page_says_how_often_the_alarms_are_right(folder: Path) -> None:
+    record_run(folder / "run", 2)
+    about = open_page("alarms.py").expander[-1]
+    assert about.label.startswith("About the alarms") and about.text
