@@ -39,7 +39,7 @@ def table() -> None:
         column_config={
             "reward": st.column_config.NumberColumn(format="%.3f", help="mean reward of the newest step"),
             "health": st.column_config.TextColumn(
-                help="non-finite: the newest step has NaN or ±Inf tokens or loss; critical: step of the newest critical alarm"
+                help="non-finite: the newest step has NaN or ±Inf tokens or loss; critical at: newest critical alarm"
             ),
             "newest data": st.column_config.DatetimeColumn(format="distance"),
         },
