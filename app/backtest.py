@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from collectors.alarms import summaries_of
+from collectors.alarms import engine_for, summaries_of
 from collectors.reader import open_run
-from mhpo_core.alarms import CRITICAL, Alarm, AlarmEngine, Settings
+from mhpo_core.alarms import CRITICAL, Alarm, Settings
 from mhpo_core.errors import ConfigError
 
 HEALTHY, COLLAPSED = "healthy", "collapsed"
@@ -93,10 +93,10 @@ def backtest(
     """
     found = []
     for name, path in runs.items():
-        engines = (AlarmEngine(now), AlarmEngine(then))
         raised: tuple[list[Alarm], list[Alarm]] = ([], [])
         steps = 0
         with open_run(path) as opened:
+            engines = (engine_for(opened, now), engine_for(opened, then))
             for s in summaries_of(opened):
                 steps += 1
                 for engine, alarms in zip(engines, raised, strict=True):

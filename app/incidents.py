@@ -12,9 +12,9 @@ import duckdb
 import pyarrow as pa
 
 from app.evidence import with_evidence
-from collectors.alarms import summaries_of
+from collectors.alarms import engine_for, summaries_of
 from collectors.reader import Run, open_run
-from mhpo_core.alarms import CRITICAL, Alarm, AlarmEngine
+from mhpo_core.alarms import CRITICAL, Alarm
 from mhpo_core.errors import StoreError
 
 _KEPT = 8
@@ -74,7 +74,7 @@ class _Watched:
         self._begin()
 
     def _begin(self) -> None:
-        self._engine, self._last, self._steps, self._attempt = AlarmEngine(), -1, 0, 0
+        self._engine, self._last, self._steps, self._attempt = engine_for(self.run), -1, 0, 0
         self._alarms: list[Alarm] = []
         self._told = Incidents(missing=self._engine.missing)
 

@@ -6,7 +6,7 @@ What the engine makes of a step is stored with the step, as metrics named alarm/
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,19 @@ def summaries_of(run: Run, before: int | None = None, after: int = -1) -> Iterat
         yield from map(summary_of, batch.to_pylist())
 
 
+def engine_for(run: Run, settings: Settings | None = None) -> AlarmEngine:
+    """A new engine for the steps of a run."""
+    return AlarmEngine(settings, updates_of(run.manifest))
+
+
+def updates_of(manifest: Mapping[str, Any]) -> int:
+    """Optimizer steps per batch of rollouts, as run.json has them."""
+    return max(1, int(manifest.get("updates_per_iteration") or 1))
+
+
 def check(run: Run, settings: Settings | None = None) -> tuple[list[Alarm], AlarmEngine]:
     """Every alarm of a stored run, as a live engine would have raised them, and the engine at its end."""
-    engine = AlarmEngine(settings)
+    engine = engine_for(run, settings)
     found = [alarm for s in summaries_of(run) for alarm in engine.observe(s.step, s.scalars, s.layers).alarms]
     return found, engine
 
@@ -71,6 +81,7 @@ class LiveAlarms:
     Args:
         past: summaries of the steps before one, as they are stored now; asked when a run continues or is rewound.
         begins: the run has no steps yet.
+        updates_per_iteration: optimizer steps per batch of rollouts.
         tell: called with each alarm, in the thread that measures.
     """
 
@@ -80,16 +91,18 @@ class LiveAlarms:
         past: Callable[[int], Iterator[Summary]],
         *,
         begins: bool,
+        updates_per_iteration: int = 1,
         tell: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
         self._settings, self._past, self._tell = settings, past, tell
-        self._engine = AlarmEngine(settings) if begins else None
+        self._updates = updates_per_iteration
+        self._engine = AlarmEngine(settings, self._updates) if begins else None
         self._last_step = -1
 
     def watch(self, key: StepKey, rollup: pa.Table) -> tuple[pa.Table, tuple[Alarm, ...]]:
         """The step's row with what the engine made of it, and the alarms it raised."""
         if self._engine is None or key.step <= self._last_step:
-            self._engine = AlarmEngine(self._settings)
+            self._engine = AlarmEngine(self._settings, self._updates)
             for s in self._past(key.step):
                 self._engine.observe(s.step, s.scalars, s.layers)
         self._last_step = key.step

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collectors.alarms import LiveAlarms, Summary, summaries_of
+from collectors.alarms import LiveAlarms, Summary, summaries_of, updates_of
 from collectors.formulas import derivation
 from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, step_columns, trainer_scalars
 from collectors.packing import Packed, pack
@@ -135,7 +135,13 @@ class Recorder:
         watch = None
         if alarms is not None and self.world_size == 1:
             begins = not self._store.resumed
-            watch = LiveAlarms(alarms, self._past, begins=begins, tell=on_alarm or _tell_nobody)
+            watch = LiveAlarms(
+                alarms,
+                self._past,
+                begins=begins,
+                updates_per_iteration=updates_of(self._store.manifest),
+                tell=on_alarm or _tell_nobody,
+            )
         self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait", alarms=watch)
         self._closed = False
         atexit.register(self.close, "stopped", "the process exited without closing the recorder")

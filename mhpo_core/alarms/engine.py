@@ -18,7 +18,7 @@ from mhpo_core.alarms.modes import Sign, advice_for, mode_of
 from mhpo_core.alarms.readings import readings_of
 from mhpo_core.alarms.rules import CRITICAL, RULES, WARNING, Finding, Rule, State, fused_score
 from mhpo_core.alarms.settings import Settings
-from mhpo_core.alarms.signals import FAMILIES, SIGNALS
+from mhpo_core.alarms.signals import FAMILIES, SIGNALS, Signal
 
 _REWARD_SPAN = 0.08  # a spread below this share of the reward's range is noise
 _SIGN = 2.0  # cumulative sum from which a signal is named as evidence
@@ -94,16 +94,22 @@ class AlarmEngine:
 
     Args:
         settings: thresholds.
+        updates_per_iteration: optimizer steps per batch of rollouts: as many steps belong together.
         rules: those that are evaluated.
     """
 
-    def __init__(self, settings: Settings | None = None, rules: Iterable[Rule] = RULES) -> None:
+    def __init__(
+        self, settings: Settings | None = None, updates_per_iteration: int = 1, rules: Iterable[Rule] = RULES
+    ) -> None:
         self.settings = settings or Settings()
         self._rules = tuple(rules)
         self._state = State(
             self.settings, detectors={name: Detector(self.settings, s.floor) for name, s in SIGNALS.items()}
         )
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.settings.memory) for name in FAMILIES}
+        self._lagged: dict[str, deque[float]] = {
+            name: deque(maxlen=max(1, updates_per_iteration)) for name, s in SIGNALS.items() if s.lagged
+        }
         self._episodes: dict[str, _Raised] = {}
         self._steps: deque[int] = deque(maxlen=256)
         self._layers: dict[str, deque[float]] = {}
@@ -146,11 +152,19 @@ class AlarmEngine:
             detector = self._state.detectors[name]
             if signal.reading in readings:
                 floor = _REWARD_SPAN * self._state.reward.span if signal.reading == "reward" else 0.0
-                detector.observe(step, signal.transformed(readings[signal.reading]), floor)
+                detector.observe(step, self._judged(signal, readings[signal.reading]), floor)
             strongest[signal.family] = max(strongest[signal.family], detector.score * signal.weight)
         for family, value in strongest.items():
             self._recent[family].append(value)
             self._state.families[family] = max(self._recent[family])
+
+    def _judged(self, signal: Signal, value: float) -> float:
+        """The value on the signal's scale; the worst of one batch where it grows within a batch."""
+        scaled = signal.transformed(value)
+        if not signal.lagged or not math.isfinite(scaled):
+            return scaled
+        self._lagged[signal.name].append(scaled)
+        return max(self._lagged[signal.name])
 
     def _raise(self, finding: Finding) -> Iterable[Alarm]:
         """The alarm if the rule did not hold lately, or holds more severely now."""

@@ -1,6 +1,7 @@
 """The signals that are watched, by family; a new one is a line in its family's file."""
 
 from mhpo_core.alarms.signals import (
+    concentration,
     divergence,
     entropy,
     gradient,
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     for f in (
         mismatch.FAMILY,
         ratio.FAMILY,
+        concentration.FAMILY,
         divergence.FAMILY,
         entropy.FAMILY,
         gradient.FAMILY,

@@ -44,6 +44,7 @@ class Signal:
         floor: smallest spread that counts as noise, on that scale.
         falling: it is the fall that is a sign.
         weight: share of the family's weight that it brings; 0 names the failure mode and never alarms.
+        lagged: it grows with every update on one batch of rollouts, so that it is judged by the worst of as many steps.
         healthy: what is seen in healthy runs, in words.
         source: who says so.
     """
@@ -56,6 +57,7 @@ class Signal:
     floor: float
     falling: bool = False
     weight: float = 1.0
+    lagged: bool = False
     healthy: str = ""
     source: str = ""
 
