@@ -218,7 +218,7 @@ def mode_of(signs: Sequence[Sign], lr_jumped: bool) -> str:
     names, families = {s.signal for s in signs}, {s.family for s in signs}
     if "mismatch" in families:
         return "engine-mismatch"
-    if lr_jumped and families & {"ratio", "gradient", "divergence"}:
+    if lr_jumped and families & {"ratio", "concentration", "gradient", "divergence"}:
         return "learning-rate"
     if names & {"truncation", "length_growth"}:
         return "length-blow-up"
@@ -228,7 +228,7 @@ def mode_of(signs: Sequence[Sign], lr_jumped: bool) -> str:
         return "mode-collapse"
     if "contraction" in names and "entropy_rise" in names:
         return "policy-erosion"
-    if "ratio" in families:
+    if families & {"ratio", "concentration"}:
         return "stale-batch"
     if "entropy_rise" in names:
         return "entropy-explosion"
