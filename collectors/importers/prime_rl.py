@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from collectors.importers.dumps import batch_of, floats, has_keys, known, number_in, numbered, rows_by_file, token_row
-from collectors.importers.steps import ImportedStep, Notes
+from collectors.importers.steps import ImportedStep, Notes, NotYet
 from collectors.importers.text import step_number
 from mhpo_core.batch import Sequences
 
@@ -41,12 +41,24 @@ class PrimeRl:
         """A file of it, or the files of all complete steps."""
         if path.is_file():
             return [path] if _is_export(path) else []
+        waiting: list[Path] = []
         for folder in (path, path / _FOLDER):
             found = [file for step in numbered(folder, _STEP) for file in _ranks(step)]
             if any(_is_export(file) for file in found):
                 return found
-        own = _ranks(path) if number_in(path.name, _STEP) is not None else []
-        return own if any(_is_export(file) for file in own) else []
+            waiting += [step for step in numbered(folder, _STEP) if _is_waiting(step)]
+        if number_in(path.name, _STEP) is not None:
+            own = _ranks(path)
+            if any(_is_export(file) for file in own):
+                return own
+            waiting += [path] if _is_waiting(path) else []
+        if waiting:
+            named = ", ".join(step.name for step in waiting[:10])
+            raise NotYet(
+                f"import: {path} holds token exports of prime-rl of which no step is complete: {_COMPLETE} is missing "
+                f"in {named}. Wait until prime-rl has written it, or give one of the files."
+            )
+        return []
 
     def steps(self, files: list[Path], notes: Notes) -> Iterator[ImportedStep]:
         """The sequences of all ranks of a step as one batch."""
@@ -122,6 +134,10 @@ def _ranks(folder: Path) -> list[Path]:
     if not (folder / _COMPLETE).exists():
         return []
     return [file for file in numbered(folder, _RANK) if file.is_file()]
+
+
+def _is_waiting(step: Path) -> bool:
+    return not (step / _COMPLETE).exists() and any(_is_export(file) for file in numbered(step, _RANK))
 
 
 def _is_export(path: Path) -> bool:

@@ -23,7 +23,7 @@ from collectors.importers.merging import merged
 from collectors.importers.mhpo_run import copy_run
 from collectors.importers.names import UNKNOWN, columns_of, framework_of
 from collectors.importers.progress import EVENT, count_sequences, dropped_of, fingerprint, rows_of, state_of
-from collectors.importers.steps import Format, ImportedStep, Notes
+from collectors.importers.steps import Format, ImportedStep, Notes, SeveralRuns
 from collectors.reader import open_run
 from collectors.recorder import Recorder
 from mhpo_core.errors import BatchError, StoreError
@@ -146,7 +146,17 @@ class _Import:
         return self._finished()
 
     def _records(self) -> Iterator[ImportedStep]:
-        return merged([one.steps(files, self._notes) for one, files in self._found])
+        return merged([self._steps(one, files) for one, files in self._found])
+
+    def _steps(self, one: Format, files: list[Path]) -> Iterator[ImportedStep]:
+        try:
+            yield from one.steps(files, self._notes)
+        except SeveralRuns as error:
+            if len(self._found) == 1:
+                raise
+            self._done.formats.remove(one.name)
+            told = str(error).removeprefix("import: ").partition(". ")[0]
+            self._notes.add(f"Left out are {told}; give the folder of one of them as a further source")
 
     def _write(self, path: Path, records: Iterator[ImportedStep], before: int) -> None:
         first = list(islice(records, _TELLING))
