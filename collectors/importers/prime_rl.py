@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from collectors.importers.dumps import batch_of, floats, has_keys, known, number_in, numbered, rows_by_file, token_row
+from collectors.importers.arrays import INTEGER, NOTHING, NUMBERS, TEXT, TRUTHS, Numbers
+from collectors.importers.dumps import (
+    batch_of,
+    floats,
+    has_keys,
+    known,
+    nulls,
+    number_in,
+    numbered,
+    rows_by_file,
+    token_row,
+)
 from collectors.importers.steps import ImportedStep, Notes, NotYet
 from collectors.importers.text import step_number
 from mhpo_core.batch import Sequences
@@ -28,6 +39,10 @@ _ARRAYS = {
 }  # fmt: skip
 _ALWAYS_WRITTEN = ("logp_new", "logp_old", "entropy", "advantage")
 _EXTRA = ("env_name", "run_id", "rank", "micro_step", "micro_sequence_idx", "export_sequence_idx")
+_FIELDS = {
+    **dict.fromkeys([*_ARRAYS.values(), "rl_weights", "rewards"], NUMBERS), "loss_mask": TRUTHS, "losses": NOTHING,
+    **dict.fromkeys(["step", "export_step", *_EXTRA], INTEGER), "env_name": TEXT, "run_id": TEXT,
+}  # fmt: skip
 
 
 class PrimeRl:
@@ -71,7 +86,7 @@ class PrimeRl:
 
 
 def _with_step(files: list[Path], notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
-    for file, rows in rows_by_file(files, notes):
+    for file, rows in rows_by_file(files, notes, _FIELDS):
         for row in rows:
             step = _step(row, file)
             if step is None:
@@ -94,13 +109,14 @@ def _imported(step: int, rows: list[dict[str, Any]], notes: Notes) -> ImportedSt
 
 def _arrays(row: dict[str, Any], notes: Notes, where: str) -> dict[str, object]:
     given: dict[str, object] = {name: row.get(own) for name, own in _ARRAYS.items()}
-    advantages = row.get("advantages")
-    if isinstance(advantages, list) and advantages and all(one is None for one in advantages):
+    without = nulls(row.get("advantages"))
+    if len(without) and without.all():
         given["advantage"] = None  # no loss of this sequence has an advantage
-    weights = row.get("rl_weights")
-    if isinstance(weights, list) and any(one is not None for one in weights):
+    if not nulls(row.get("rl_weights")).all():
         notes.add("rl_weights are not multiplied into the advantages", where)
     losses, mask = row.get("losses"), floats(row.get("loss_mask"))
+    if isinstance(losses, Numbers):
+        losses = [None] * len(losses.values)
     if isinstance(losses, list) and mask is not None and len(losses) == len(mask[0]):
         # the mask is that of all losses together; a token that only another loss trains has no advantage
         given["mask"] = mask[0] * np.asarray([_trains(one) for one in losses], dtype=float)

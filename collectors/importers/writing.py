@@ -22,7 +22,7 @@ from collectors.importers.formats import AUTO, MHPO, recognise
 from collectors.importers.merging import merged
 from collectors.importers.mhpo_run import copy_run
 from collectors.importers.names import UNKNOWN, columns_of, framework_of
-from collectors.importers.progress import EVENT, count_sequences, dropped_of, fingerprint, rows_of, state_of
+from collectors.importers.progress import EVENT, count_sequences, fingerprint, recorded, state_of
 from collectors.importers.steps import Format, ImportedStep, Notes, SeveralRuns
 from collectors.reader import open_run
 from collectors.recorder import Recorder
@@ -92,13 +92,13 @@ def import_run(
 
 
 def _copied(source: Path, target: Path) -> Imported:
-    before = rows_of(target) if layout.is_run(target) else 0
+    before = recorded(target)[0] if layout.is_run(target) else 0
     copied = copy_run(source, target)
     with open_run(target) as opened:
         tokens, sequences = opened.sql(
             "SELECT (SELECT count(*) FROM tokens), (SELECT count(*) FROM sequences)"
         ).fetchall()[0]
-    done = Imported(target, [MHPO], MHPO, rows_of(target) - before)
+    done = Imported(target, [MHPO], MHPO, recorded(target)[0] - before)
     return replace(done, tokens=tokens, sequences=sequences) if copied else done
 
 
@@ -133,6 +133,7 @@ class _Import:
     def append(self) -> Imported:
         """Record what is new."""
         state = state_of(self._target)
+        self._has |= set(state["has"])
         records, before = self._records(), 0
         for last in records:
             before += 1
@@ -165,7 +166,7 @@ class _Import:
         if self._framework == UNKNOWN:
             self._framework = framework_of(name for record in first for name in record.metrics)
         last = first[0]
-        rows = rows_of(path) if before else 0
+        rows = recorded(path)[0] if before else 0
         with Recorder(
             path, objective=self._objective, tokens="all", disk_limit=None, fsync="seal", when_full="wait",
             config={"import": self._description()}, rank=0, world_size=1, by_segment=True,
@@ -176,7 +177,7 @@ class _Import:
             rows += self._done.steps
             state = {"records": before + self._done.steps, "rows": rows, "last": fingerprint(last), **self._told()}
             recorder.event(EVENT, json.dumps(state))
-        if rows_of(path) != rows or dropped_of(path):
+        if recorded(path) != (rows, 0):
             raise StoreError(
                 f"import: not all of it could be written to {path.parent}. Free disk space, then import again."
             )
@@ -218,10 +219,9 @@ class _Import:
         return str(self._found[0][1][0])
 
     def _finished(self) -> Imported:
-        has = set(state_of(self._target)["has"]) | self._has
         self._done.framework = self._framework
         self._done.unmapped, self._done.notes = list(self._unmapped), list(self._notes)
-        self._done.diagnostics = diagnose(has, self._framework)
+        self._done.diagnostics = diagnose(self._has, self._framework)
         return self._done
 
 
