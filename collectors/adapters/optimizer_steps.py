@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from collectors.adapters.harmless import harmless
 from collectors.recorder import Recorder
 from mhpo_core.batch import Sequences, TokenBatch, concatenate
+from mhpo_core.gradients import GradientNorms
 
 _JOIN: dict[str, Callable[[list[float]], float]] = {
     "mean": lambda values: math.fsum(values) / len(values), "sum": math.fsum, "min": min, "max": max,
@@ -62,6 +63,7 @@ class StepTelemetry:
         self._n_tokens = 0
         self._updates = 0
         self._before: int | None = None
+        self._norms: GradientNorms | None = None
         self._hook = register_optimizer_step_post_hook(self._stepped)
 
     def close(self) -> None:
@@ -78,6 +80,11 @@ class StepTelemetry:
         self._parts.append(part)
         self._n_tokens += n_tokens
         return n_tokens
+
+    def measured(self, norms: GradientNorms) -> None:
+        """Keep the gradient norms of the update that is about to be made."""
+        if self._parts:  # else a critic's, or those of another training
+            self._norms = norms
 
     def _begins_a_mini_batch(self, part: MicroBatch) -> bool:
         before = self._parts[-1]
@@ -101,6 +108,7 @@ class StepTelemetry:
 
     def _record(self, columns: dict[str, float]) -> None:
         parts, self._parts, self._n_tokens = self._parts, [], 0
+        norms, self._norms = self._norms, None
         self._updates += 1
         trained = [part for part in parts if part.batch is not None]
         losses = [part.loss for part in parts if part.loss is not None]
@@ -109,6 +117,7 @@ class StepTelemetry:
             concatenate([part.batch for part in trained if part.batch is not None]) if trained else None,
             loss=torch.stack([loss.float() for loss in losses]).sum() if len(losses) == len(parts) else None,
             sequences=_joined(trained),
+            gradient_norms=norms,
             metrics=_metrics_of(parts),
             columns=columns,
         )

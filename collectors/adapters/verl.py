@@ -36,8 +36,10 @@ from torch import Tensor
 from collectors.adapters.harmless import harmless
 from collectors.adapters.optimizer_steps import MicroBatch
 from collectors.adapters.verl_calls import policy_loss_call, whole_loss_call
+from collectors.adapters.verl_gradients import measure_gradients
 from collectors.adapters.verl_settings import PREFIX, objective_of, plain_settings, repeats_another_rank, setting
 from collectors.adapters.worker import RUN, Worker, version_of
+from mhpo_core.gradients import GradientNorms
 
 __all__ = ["RECORDED", "active", "close", "objective_of", "recording", "recording_ppo_loss", "register"]
 
@@ -127,6 +129,11 @@ def recording_ppo_loss(
     return value, {**metrics, RECORDED: metric(value=kept, aggregation="sum")}
 
 
+def _measured(norms: GradientNorms) -> None:
+    if _HERE.telemetry is not None:
+        _HERE.telemetry.measured(norms)
+
+
 @contextmanager
 def _inside() -> Iterator[None]:
     global _within
@@ -168,6 +175,7 @@ def main() -> int:
 if find_spec("verl") is not None:
     try:
         register()
+        measure_gradients(lambda: _HERE.wanted(), _measured)
     except Exception as error:  # a plugin that raises would be swallowed by verl without a word
         _LOG.warning("verl: its policy losses cannot be wrapped (%s: %s).", type(error).__name__, error)
 
