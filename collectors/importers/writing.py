@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,11 @@ class _Import:
         }  # fmt: skip
 
     def _told(self) -> dict[str, Any]:
-        return {"has": sorted(self._has), "unmapped": list(self._unmapped), "notes": list(self._notes)}
+        possible = [asdict(one) for one in diagnose(self._has, self._framework)]
+        return {
+            "has": sorted(self._has), "unmapped": list(self._unmapped), "notes": list(self._notes),
+            "framework": self._framework, "formats": self._done.formats, "diagnostics": possible,
+        }  # fmt: skip
 
     def _sources(self) -> str:
         return str(self._found[0][1][0])
