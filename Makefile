@@ -4,6 +4,7 @@
 #   make test   the whole suite, real browser included       make test-slow   the minutes-long ones
 #   make test-trl TRL=1.9.2   the tests of the TRL adapter with another version of TRL
 #   make test-verl            the tests of the verl adapter, with verl in a folder of its own (300 MB)
+#   make test-openrlhf        the tests of the OpenRLHF adapter, with its own loss and actor in place of stand-ins
 #   make lint   ruff, mypy                                   make bench       measurements, printed as tables
 #
 # PIP_ARGS is passed to pip. On Linux without a GPU, PyTorch's own index has a build without CUDA:
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-slow test-trl test-verl lint bench clean
+.PHONY: demo test test-slow test-trl test-verl test-openrlhf lint bench clean
 
 demo: $(RUN_STAMP)
 	@exec $(BIN)/mhpo demo --preset $(PRESET) --out "$(RUNS)" --port $(PORT) $(if $(filter-out 0,$(HEADLESS)),--headless)
@@ -40,6 +41,11 @@ test-trl: $(TEST_STAMP)
 
 test-verl: $(VENV)/verl/.installed
 	PYTHONPATH=$(VENV)/verl OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/collectors/adapters/test_verl.py $(PYTEST_ARGS)
+
+# the wheel has a package `tests` of its own, so this folder comes first; a first torch.compile takes minutes
+test-openrlhf: $(TEST_STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/openrlhf openrlhf==0.11.2 peft==0.21.2
+	PYTHONPATH=$(CURDIR):$(VENV)/openrlhf TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/collectors/adapters/test_openrlhf.py $(PYTEST_ARGS)
 
 # --no-deps: what verl pins would replace torch, transformers and others of .venv
 $(VENV)/verl/.installed: tests/collectors/adapters/verl-requirements.txt $(TEST_STAMP)

@@ -124,6 +124,8 @@ def step_columns(columns: Mapping[str, float]) -> dict[str, Scalar]:
 
 
 def _number(name: str, value: object) -> float:
+    if type(value) is float:
+        return value
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):

@@ -14,7 +14,7 @@ import torch
 
 from collectors.schema import ROLLUP_SCHEMA
 from mhpo_core.histograms import N_BINS
-from mhpo_core.metrics import LAST, MAXIMUM, METRICS, MINIMUM, SEQUENCE_MEAN, SUM
+from mhpo_core.metrics import LAST, MAXIMUM, METRICS, MINIMUM, RANK_MEAN, SEQUENCE_MEAN, SUM
 from mhpo_core.telemetry.accumulators import OUTLIER_FIELDS, OUTLIERS, AccumulatorNames, Accumulators
 from mhpo_core.telemetry.one_pass import SIDES
 from mhpo_core.telemetry.summary import scalars_of
@@ -82,6 +82,8 @@ def _reduced(rule: str, values: list[Any], first: Any) -> Any:
         return None
     if rule == SUM:
         return sum(known)
+    if rule == RANK_MEAN:
+        return sum(known) / len(known)
     if rule in (MINIMUM, MAXIMUM):
         return (min if rule == MINIMUM else max)(known)
     return next(iter(known)) if rule in (LAST, SEQUENCE_MEAN) else first

@@ -264,6 +264,8 @@ class StoreWriter:
         if segment is None or not segment.tables:
             return
         rows = pa.concat_tables(segment.tables).unify_dictionaries()
+        if table == layout.ROLLUP:
+            rows = rows.combine_chunks()  # a column of many pieces is read many times as slowly
         # where it fails the steps stay as they are, each in its own file, if they have one
         with contextlib.suppress(*(() if self._by_segment else (OSError, pa.ArrowException))):
             # one step alone, too: only what is sealed can be thinned; the last one is the next writer's to seal
@@ -379,4 +381,4 @@ class _Segment:
         self.last = key.step
         self.tables.append(rows)
         self.names.append(name)
-        self.size += rows.nbytes
+        self.size += rows.get_total_buffer_size()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 # Rules by which the parts of a step (ranks, micro-batches) become one value.
 SUM, MINIMUM, MAXIMUM, LAST = "sum", "min", "max", "last"
 TOKEN_MEAN, SEQUENCE_MEAN = "token mean", "sequence mean"
+RANK_MEAN = "mean over the ranks that gave one, each counting the same"
 QUANTILE = "quantile: exact within one part, from merged histograms across parts"
 FROM_SUMS = "from the sums of the parts"
 
@@ -68,7 +69,7 @@ def _table() -> list[Metric]:
     rows = [
         Metric("n_tokens", "trained tokens", "tokens", SUM, "Σ mask", integer=True),
         Metric("n_sequences", "sequences", "sequences", SUM, "rows with at least one trained token", integer=True),
-        Metric("loss", "loss", "reward", LAST, "as the trainer reports it"),
+        Metric("loss", "loss", "reward", RANK_MEAN, "as the trainer reports it"),
         Metric("lr", "learning rate", "1", LAST, "as the trainer reports it"),
         Metric("reward_mean", "reward", "reward", SEQUENCE_MEAN, "mean reward of the sequences of the step"),
         Metric(

@@ -26,7 +26,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,77 +34,22 @@ import torch
 from torch import Tensor
 
 from collectors.adapters.harmless import harmless
-from collectors.adapters.verl_calls import MicroBatch, policy_loss_call, whole_loss_call
-from collectors.adapters.verl_settings import (
-    PREFIX,
-    objective_of,
-    options_of,
-    place_in_job,
-    plain_settings,
-    repeats_another_rank,
-    setting,
-)
-from collectors.adapters.verl_steps import StepTelemetry
-from collectors.recorder import Recorder
+from collectors.adapters.optimizer_steps import MicroBatch
+from collectors.adapters.verl_calls import policy_loss_call, whole_loss_call
+from collectors.adapters.verl_gradients import measure_gradients
+from collectors.adapters.verl_settings import PREFIX, objective_of, plain_settings, repeats_another_rank, setting
+from collectors.adapters.worker import RUN, Worker, version_of
+from mhpo_core.gradients import GradientNorms
 
 __all__ = ["RECORDED", "active", "close", "objective_of", "recording", "recording_ppo_loss", "register"]
 
 _LOG = logging.getLogger(__name__)
-RUN, OPTIONS = "MHPO_RUN", "MHPO_OPTIONS"
 RECORDED = "mhpo/recorded_tokens"
 """Metric that a recording loss adds: trained tokens of the call that were handed over, 0 where none was."""
 
-
-class _Process:
-    """What this process records."""
-
-    def __init__(self) -> None:
-        self.recipe: str | None = None
-        self.telemetry: StepTelemetry | None = None
-        self.within = False
-        self._failed = False
-        self._told = False
-
-    def wanted(self) -> bool:
-        """Whether a run folder is given; the same at every call, since verl's ranks must agree on their metrics."""
-        if os.environ.get(RUN):
-            return True
-        if not self._told:
-            self._told = True
-            _LOG.warning("verl: %s is not set in this process, the loss passes through and nothing is recorded.", RUN)
-        return False
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """While the whole loss is recorded its policy loss is not recorded once more."""
-        self.within = True
-        try:
-            yield
-        finally:
-            self.within = False
-
-    @harmless
-    def keep(self, recipe: str, loss_mode: str, config: Any, read: Callable[[], MicroBatch]) -> int:
-        """Keep a loss call that trains; returns its recorded tokens."""
-        if not torch.is_grad_enabled() or self._failed or repeats_another_rank():
-            return 0
-        if self.telemetry is None:
-            self._open(recipe, loss_mode, config)
-        return 0 if self.telemetry is None else self.telemetry.add(read())
-
-    def _open(self, recipe: str, loss_mode: str, config: Any) -> None:
-        self._failed = True  # a run that cannot be opened is not tried again at every micro-batch
-        given: dict[str, Any] = {
-            "objective": objective_of(loss_mode, config), "config": {"verl": plain_settings(config)},
-            **place_in_job(),
-        }  # fmt: skip
-        recorder = Recorder(os.environ[RUN], **given | options_of(os.environ.get(OPTIONS, "")))
-        self._failed, self.recipe, self.telemetry = False, recipe, StepTelemetry(recorder)
-        recorder.event("verl", f"{recipe} of verl {_version()} records")
-        _LOG.info("verl: %s records into %s", recipe, recorder.path)
-
-
-_HERE = _Process()
+_HERE = Worker("verl")
+_within = False
+"""While the whole loss is recorded its policy loss is not recorded once more."""
 
 
 def active() -> str | None:
@@ -114,9 +59,7 @@ def active() -> str | None:
 
 def close() -> None:
     """End the recording of this process; the next loss that trains continues it."""
-    if _HERE.telemetry is not None:
-        _HERE.telemetry.close()
-    _HERE.telemetry = _HERE.recipe = None
+    _HERE.close()
 
 
 def register() -> list[str]:
@@ -145,7 +88,7 @@ def recording(name: str, base: Callable[..., Any]) -> Callable[..., Any]:
     def loss(*args: Any, **kwargs: Any) -> Any:
         found = base(*args, **kwargs)
         two = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)
-        if not two or _HERE.within or not _HERE.wanted():
+        if not two or _within or not _HERE.wanted():
             return found
         value, metrics = found
         given = signature.bind(*args, **kwargs).arguments
@@ -154,8 +97,8 @@ def recording(name: str, base: Callable[..., Any]) -> Callable[..., Any]:
             # a copy: verl's ppo_loss adds its further terms to this very tensor
             return policy_loss_call(name, given, value.detach().clone(), metrics)
 
-        kept = _HERE.keep(f"policy loss {PREFIX}{name}", name, given.get("config"), read)
-        return value, {**metrics, RECORDED: kept or 0}
+        kept = _keep(f"policy loss {PREFIX}{name}", name, given.get("config"), read) or 0
+        return value, {**metrics, RECORDED: kept}
 
     return loss
 
@@ -173,7 +116,7 @@ def recording_ppo_loss(
     if not _HERE.wanted():
         found: tuple[Tensor, dict[str, Any]] = losses.ppo_loss(config, model_output, data, dp_group)
         return found
-    with _HERE.inside():
+    with _inside():
         value, metrics = losses.ppo_loss(config, model_output, data, dp_group)
     loss_mode = setting(setting(config, "policy_loss"), "loss_mode", "vanilla")
 
@@ -181,29 +124,45 @@ def recording_ppo_loss(
         with torch.no_grad():
             return whole_loss_call(config, model_output, data, value.detach().clone(), metrics)
 
-    kept = _HERE.keep("recording_ppo_loss", loss_mode, config, read)
+    kept = _keep("recording_ppo_loss", loss_mode, config, read) or 0
     metric = importlib.import_module("verl.utils.metric").Metric
-    return value, {**metrics, RECORDED: metric(value=kept or 0, aggregation="sum")}
+    return value, {**metrics, RECORDED: metric(value=kept, aggregation="sum")}
 
 
-def _version() -> str | None:
+def _measured(norms: GradientNorms) -> None:
+    if _HERE.telemetry is not None:
+        _HERE.telemetry.measured(norms)
+
+
+@contextmanager
+def _inside() -> Iterator[None]:
+    global _within
+    _within = True
     try:
-        return version("verl")
-    except PackageNotFoundError:
-        return None
+        yield
+    finally:
+        _within = False
+
+
+@harmless
+def _keep(recipe: str, loss_mode: str, config: Any, read: Callable[[], MicroBatch]) -> int:
+    def settings() -> dict[str, Any]:
+        return {"objective": objective_of(loss_mode, config), "config": {"verl": plain_settings(config)}}
+
+    return 0 if repeats_another_rank() else _HERE.keep(recipe, settings, read) or 0
 
 
 def main() -> int:
     """Say whether verl is installed, what is wrapped and where it would be recorded; 1 if nothing could be."""
-    if _version() is None and find_spec("verl") is None:
+    if version_of("verl") is None and find_spec("verl") is None:
         print("verl is not installed in this Python.")
         return 1
     try:
         names = register()
     except Exception as error:
-        print(f"verl {_version()} does not import: {type(error).__name__}: {error}")
+        print(f"verl {version_of('verl')} does not import: {type(error).__name__}: {error}")
         return 1
-    print(f"verl {_version()}, {len(names)} policy losses recorded as {', '.join(names)}")
+    print(f"verl {version_of('verl')}, {len(names)} policy losses recorded as {', '.join(names)}")
     run = os.environ.get(RUN)
     print(f"{RUN} is {run}" if run else f"{RUN} is not set: these losses pass through and nothing is recorded")
     here = "collectors.adapters.verl"
@@ -216,6 +175,7 @@ def main() -> int:
 if find_spec("verl") is not None:
     try:
         register()
+        measure_gradients(lambda: _HERE.wanted(), _measured)
     except Exception as error:  # a plugin that raises would be swallowed by verl without a word
         _LOG.warning("verl: its policy losses cannot be wrapped (%s: %s).", type(error).__name__, error)
 

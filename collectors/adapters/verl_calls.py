@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from collectors.adapters.optimizer_steps import MicroBatch
 from collectors.adapters.verl_settings import number_of, setting
 from mhpo_core.batch import TokenBatch
 
@@ -18,36 +18,6 @@ _FIELDS = {
     "rollout_log_probs": "logp_rollout", "responses": "token_id",
 }  # fmt: skip
 _OUTPUTS = {"log_probs": "logp_new", "entropy": "entropy", "sum_pi_squared": "sum_p_squared"}
-
-
-@dataclass
-class MicroBatch:
-    """What one loss call knows.
-
-    Args:
-        batch: its tokens; None where none trains.
-        loss: what is differentiated, None where it is not known.
-        metrics: of verl, plain numbers or its `Metric`.
-        policy_loss: the part of the loss that a policy loss has returned, where that is all that was seen.
-        weights: verl's rollout_is_weights at the trained tokens, (N,); they multiply the loss, not the advantage.
-        sequences: fields of `Sequences`, one entry per row each.
-        expected: trained tokens of the whole mini-batch on all data-parallel ranks; None where verl does not say.
-        n_ranks: that share the mini-batch.
-    """
-
-    batch: TokenBatch | None
-    loss: Tensor | None
-    metrics: Mapping[str, Any]
-    policy_loss: Tensor | None = None
-    weights: Tensor | None = None
-    sequences: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    expected: int | None = None
-    n_ranks: int = 1
-
-    @property
-    def n_tokens(self) -> int:
-        """Trained tokens."""
-        return 0 if self.batch is None else int(self.batch.mask.sum())
 
 
 def policy_loss_call(name: str, given: Mapping[str, Any], value: Tensor, metrics: Mapping[str, Any]) -> MicroBatch:
@@ -69,7 +39,7 @@ def policy_loss_call(name: str, given: Mapping[str, Any], value: Tensor, metrics
     if name == "bypass_mode":
         tokens["logp_rollout"] = old
     part = _micro_batch(config, tokens, given.get("rollout_is_weights"), {})
-    part.metrics, part.policy_loss, part.loss = metrics, value, value if whole else None
+    part.metrics, part.loss = _logged(metrics) | {"actor/pg_loss": ("sum", [value])}, value if whole else None
     return part
 
 
@@ -88,7 +58,7 @@ def whole_loss_call(config: Any, model_output: Any, data: Any, value: Tensor, me
         scores = padded["rm_scores"]
         sequences["reward"] = (scores if scores.dim() == 1 else scores.sum(dim=1)).float().tolist()
     part = _micro_batch(config, tokens, padded.get("rollout_is_weights", None), sequences)
-    part.metrics, part.loss = metrics, value
+    part.metrics, part.loss = _logged(metrics), value
     return part
 
 
@@ -99,7 +69,7 @@ def _micro_batch(
     info = setting(config, "global_batch_info", {})
     expected = info.get("batch_num_tokens")
     found = MicroBatch(
-        None, None, {}, expected=None if expected is None else int(expected), n_ranks=int(info.get("dp_size") or 1)
+        None, expected=None if expected is None else int(expected), n_ranks=int(info.get("dp_size") or 1)
     )
     if not bool(mask.any()):
         return found
@@ -108,6 +78,16 @@ def _micro_batch(
         means = torch.where(mask, weights.detach().float(), 0.0).sum(dim=1) / mask.sum(dim=1)
         sequences["extra"] = [{"rollout_is_weight": m} if m == m else None for m in means.tolist()]
     found.batch, found.sequences = TokenBatch(**tokens), sequences
+    return found
+
+
+def _logged(metrics: Mapping[str, Any]) -> dict[str, tuple[str, list[float | Tensor]]]:
+    """Plain numbers and `Metric`s of verl under the names that verl logs."""
+    found: dict[str, tuple[str, list[float | Tensor]]] = {}
+    for name, metric in metrics.items():
+        values = [float(v) for v in getattr(metric, "values", [metric]) if isinstance(v, int | float)]
+        rule = getattr(getattr(metric, "aggregation", None), "value", "mean")
+        found[name if name.startswith("actor/") else f"actor/{name}"] = (rule, [*values])
     return found
 
 

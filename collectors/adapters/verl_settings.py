@@ -1,9 +1,8 @@
-"""What verl's actor configuration says about a run, and where a process stands in its job."""
+"""What verl's actor configuration says about a run, and which of its ranks repeat one another."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from mhpo_core import objectives
-from mhpo_core.errors import ConfigError
 from mhpo_core.objectives import Objective
 
 PREFIX = "mhpo_"
@@ -80,32 +78,6 @@ def _items(config: Any) -> Iterable[tuple[str, Any]]:
     return [(str(n), v) for n, v in config.items()] if isinstance(config, Mapping) else []
 
 
-def options_of(text: str) -> dict[str, Any]:
-    """Options of `Recorder` from a JSON object; none from an empty text.
-
-    Raises:
-        ConfigError: it is no JSON object.
-    """
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(
-            f"verl: MHPO_OPTIONS is {text!r}, allowed is a JSON object of options of collectors.Recorder. "
-            'Write {"tokens": "sample:16"} or leave it out.'
-        )
-    return found
-
-
-def place_in_job() -> dict[str, int]:
-    """Rank and world size as torch.distributed has them; nothing before it is initialised."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return {}
-    return {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
-
-
 def repeats_another_rank() -> bool:
     """Whether another rank computes the same log-probabilities and records them: Ulysses, or Megatron's TP and CP."""
     ulysses = sys.modules.get("verl.utils.ulysses")
@@ -116,13 +88,6 @@ def repeats_another_rank() -> bool:
     if megatron is None or not megatron.model_parallel_is_initialized():
         return False
     return bool(megatron.get_tensor_model_parallel_rank() or megatron.get_context_parallel_rank())
-
-
-def steps_made(optimizer: Any) -> int:
-    """Steps that an Adam has made, those before a checkpoint too; 0 for an optimizer that does not count."""
-    of_parameter: Mapping[str, Any] = next(iter(optimizer.state.values()), {})
-    of_group: Mapping[str, Any] = next(iter(optimizer.param_groups), {})
-    return int(of_parameter.get("step", of_group.get("step", 0)))
 
 
 def number_of(*texts: Any) -> int:

@@ -2,7 +2,7 @@
 
 Data flow: paths → `formats.recognise` (which format lies there) → its reader (`steps.ImportedStep`, one per optimizer
 step, under the framework's own names) → `writing` (names of `names`, tokens and sequences through `Recorder`) → a run
-folder like any other, with what can and cannot be diagnosed from it (`diagnostics`) in its manifest.
+folder like any other, with what can and cannot be diagnosed from it (`diagnostics`) in its event `imported`.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ _ADAPTER = {
     "trl": "attach(trainer, RUN) of collectors.adapters.trl before train()",
     "verl": "loss_mode=mhpo_<name> with collectors.adapters.verl in the workers, see collectors/adapters/README.md",
 }
-_HOOK = "record from a forward hook on its PolicyLoss with collectors.Recorder"
+_HOOK = "collectors.adapters.openrlhf.setup as Ray's worker_process_setup_hook, see collectors/adapters/README.md"
 ADVICE: dict[str, dict[str, str]] = {
     "trl": {
         LOGP_NEW: _ADAPTER["trl"], LOGP_OLD: _ADAPTER["trl"], TOKEN_ENTROPY: _ADAPTER["trl"], LAYERS: _ADAPTER["trl"],
@@ -68,10 +68,11 @@ ADVICE: dict[str, dict[str, str]] = {
         TEXT: "trainer.rollout_data_dir=DIR", ENTROPY: "actor_rollout_ref.actor.calculate_entropy=true",
         LOSS: "trainer.logger=[console,file]", REWARD: "trainer.logger=[console,file]",
         GRAD_NORM: "trainer.logger=[console,file]", LENGTH: "trainer.logger=[console,file]",
-        CLIP: _ADAPTER["verl"],
+        CLIP: _ADAPTER["verl"], LAYERS: "actor_rollout_ref.actor.strategy=fsdp2, then " + _ADAPTER["verl"],
     },
     "openrlhf": {
         LOGP_NEW: _HOOK, LOGP_OLD: _HOOK, LOGP_ROLLOUT: _HOOK, ENTROPY: "--actor.entropy_coef 0",
+        TOKEN_ENTROPY: "--actor.entropy_coef 0, then " + _HOOK,
     },
     "prime-rl": {
         LOGP_NEW: "trainer.enable_token_export = true", LOGP_OLD: "trainer.enable_token_export = true",

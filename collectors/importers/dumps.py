@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from collectors.importers.arrays import Numbers, rows_of
 from collectors.importers.steps import Notes
 from collectors.importers.text import first_object, head, number, objects
 from mhpo_core.batch import TokenBatch
@@ -83,9 +85,20 @@ def each(files: Sequence[Path], read: Callable[[Path], _Read], notes: Notes) -> 
         raise failed
 
 
-def rows_by_file(files: Sequence[Path], notes: Notes) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    """The objects of each file of JSON lines, see `each`."""
-    yield from each(files, lambda file: [row for _, row in objects(file, notes)], notes)
+def rows_by_file(
+    files: Sequence[Path], notes: Notes, fields: Mapping[str, pa.DataType] | None = None
+) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """The objects of each file of JSON lines, see `each`.
+
+    Args:
+        fields: all that is read of an object, see `arrays.rows_of`, which then gives each list as `Numbers` if it can.
+    """
+
+    def read(file: Path) -> list[dict[str, Any]]:
+        found = None if fields is None else rows_of(file, fields)
+        return [row for _, row in objects(file, notes)] if found is None else found
+
+    yield from each(files, read, notes)
 
 
 def token_row(given: Mapping[str, object], notes: Notes, where: str, nan: Collection[str] = ()) -> TokenRow | None:
@@ -138,6 +151,8 @@ def batch_of(rows: Sequence[TokenRow | None], notes: Notes, where: str) -> Token
 
 def floats(value: object) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
     """The numbers of a list, null as NaN, and where null was; None if it is no list of numbers."""
+    if isinstance(value, Numbers):
+        return value.values, value.null
     if not isinstance(value, list | np.ndarray):
         return None
     try:
@@ -151,6 +166,13 @@ def floats(value: object) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | Non
         return None
     null = [one is None for one in value] if isinstance(value, list) and None in value else np.zeros(len(values), bool)
     return values, np.asarray(null, dtype=bool)
+
+
+def nulls(value: object) -> NDArray[np.bool_]:
+    """Where null is in a list; empty if it is no list."""
+    if isinstance(value, Numbers):
+        return value.null
+    return np.array([one is None for one in value] if isinstance(value, list) else [], dtype=bool)
 
 
 def groups(keys: Sequence[Hashable]) -> list[int] | None:
@@ -170,7 +192,8 @@ def _read(
 ) -> tuple[NDArray[Any], NDArray[np.bool_]] | None:
     if name == "token_id":
         return _token_ids(value)
-    if name == "advantage" and mask is not None and (one := number(value)) is not None:
+    single = value.values.tolist() if isinstance(value, Numbers) and len(value.values) == 1 else value
+    if name == "advantage" and mask is not None and (one := number(single)) is not None:
         return np.full(len(mask[0]), one), np.zeros(len(mask[0]), bool)
     return floats(value)
 

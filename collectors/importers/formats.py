@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from collectors.importers.steps import Format
+from collectors.importers.steps import Format, NotYet
 from mhpo_core.errors import StoreError
 
 
@@ -52,11 +52,18 @@ def recognise(path: Path, wanted: str = AUTO) -> list[tuple[Format, list[Path]]]
     asked = FORMATS.values() if wanted == AUTO else [FORMATS[wanted]]
     found: list[tuple[Format, list[Path]]] = []
     taken: set[Path] = set()
+    incomplete: NotYet | None = None
     for one in asked:
-        files = [file for file in one.find(path) if file not in taken]
+        try:
+            files = [file for file in one.find(path) if file not in taken]
+        except NotYet as error:
+            incomplete = error
+            continue
         if files:
             found.append((one, files))
             taken |= set(files)
+    if not found and incomplete is not None:
+        raise incomplete
     if not found:
         tried = ", ".join(one.name for one in asked)
         raise StoreError(

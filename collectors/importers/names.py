@@ -7,6 +7,7 @@ column the first that a step has counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from mhpo_core.metrics import METRICS
 
@@ -81,6 +82,7 @@ def columns_of(metrics: Mapping[str, float], framework: str) -> tuple[dict[str, 
     return columns, used
 
 
+@lru_cache(4096)
 def _plain(name: str) -> str:
     return next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name)
 

@@ -1,15 +1,14 @@
-"""Text of tables, plain or gzip'd, in memory of one line: CSV rows under their header, and JSON lines."""
+"""Text of tables, plain or gzip'd, in memory of one line: its lines, and CSV rows under their header."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from collectors.importers.steps import Notes
 from mhpo_core.errors import StoreError
@@ -68,20 +67,6 @@ def csv_rows(path: Path, delimiter: str, names: list[str], notes: Notes) -> Iter
         elif row:
             told = f"row {reader.line_num} of {path.name}, {len(row)} of {len(names)}"
             notes.add("A row has another number of cells than the header and is left out", told)
-
-
-def json_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line; a line that is no object is left out."""
-    for number, line, ends in lines(path, notes):
-        try:
-            found = json.loads(line)
-            if not isinstance(found, dict):
-                raise ValueError(f"a {type(found).__name__}, not an object")
-        except (ValueError, RecursionError) as error:
-            kind = "A line is no JSON object and is left out" if ends else "The last line is cut off and is left out"
-            notes.add(kind, f"line {number} of {path.name}, {str(error)[:80]}")
-            continue
-        yield number, found
 
 
 def lines(path: Path, notes: Notes) -> Iterator[tuple[int, str, bool]]:

@@ -13,8 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from collectors.importers.dumps import batch_of, floats, has_keys, known, number_in, numbered, rows_by_file, token_row
-from collectors.importers.steps import ImportedStep, Notes
+from collectors.importers.arrays import INTEGER, NOTHING, NUMBERS, TEXT, TRUTHS, Numbers
+from collectors.importers.dumps import (
+    batch_of,
+    floats,
+    has_keys,
+    known,
+    nulls,
+    number_in,
+    numbered,
+    rows_by_file,
+    token_row,
+)
+from collectors.importers.steps import ImportedStep, Notes, NotYet
 from collectors.importers.text import step_number
 from mhpo_core.batch import Sequences
 
@@ -28,6 +39,10 @@ _ARRAYS = {
 }  # fmt: skip
 _ALWAYS_WRITTEN = ("logp_new", "logp_old", "entropy", "advantage")
 _EXTRA = ("env_name", "run_id", "rank", "micro_step", "micro_sequence_idx", "export_sequence_idx")
+_FIELDS = {
+    **dict.fromkeys([*_ARRAYS.values(), "rl_weights", "rewards"], NUMBERS), "loss_mask": TRUTHS, "losses": NOTHING,
+    **dict.fromkeys(["step", "export_step", *_EXTRA], INTEGER), "env_name": TEXT, "run_id": TEXT,
+}  # fmt: skip
 
 
 class PrimeRl:
@@ -41,12 +56,24 @@ class PrimeRl:
         """A file of it, or the files of all complete steps."""
         if path.is_file():
             return [path] if _is_export(path) else []
+        waiting: list[Path] = []
         for folder in (path, path / _FOLDER):
             found = [file for step in numbered(folder, _STEP) for file in _ranks(step)]
             if any(_is_export(file) for file in found):
                 return found
-        own = _ranks(path) if number_in(path.name, _STEP) is not None else []
-        return own if any(_is_export(file) for file in own) else []
+            waiting += [step for step in numbered(folder, _STEP) if _is_waiting(step)]
+        if number_in(path.name, _STEP) is not None:
+            own = _ranks(path)
+            if any(_is_export(file) for file in own):
+                return own
+            waiting += [path] if _is_waiting(path) else []
+        if waiting:
+            named = ", ".join(step.name for step in waiting[:10])
+            raise NotYet(
+                f"import: {path} holds token exports of prime-rl of which no step is complete: {_COMPLETE} is missing "
+                f"in {named}. Wait until prime-rl has written it, or give one of the files."
+            )
+        return []
 
     def steps(self, files: list[Path], notes: Notes) -> Iterator[ImportedStep]:
         """The sequences of all ranks of a step as one batch."""
@@ -59,7 +86,7 @@ class PrimeRl:
 
 
 def _with_step(files: list[Path], notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
-    for file, rows in rows_by_file(files, notes):
+    for file, rows in rows_by_file(files, notes, _FIELDS):
         for row in rows:
             step = _step(row, file)
             if step is None:
@@ -82,13 +109,14 @@ def _imported(step: int, rows: list[dict[str, Any]], notes: Notes) -> ImportedSt
 
 def _arrays(row: dict[str, Any], notes: Notes, where: str) -> dict[str, object]:
     given: dict[str, object] = {name: row.get(own) for name, own in _ARRAYS.items()}
-    advantages = row.get("advantages")
-    if isinstance(advantages, list) and advantages and all(one is None for one in advantages):
+    without = nulls(row.get("advantages"))
+    if len(without) and without.all():
         given["advantage"] = None  # no loss of this sequence has an advantage
-    weights = row.get("rl_weights")
-    if isinstance(weights, list) and any(one is not None for one in weights):
+    if not nulls(row.get("rl_weights")).all():
         notes.add("rl_weights are not multiplied into the advantages", where)
     losses, mask = row.get("losses"), floats(row.get("loss_mask"))
+    if isinstance(losses, Numbers):
+        losses = [None] * len(losses.values)
     if isinstance(losses, list) and mask is not None and len(losses) == len(mask[0]):
         # the mask is that of all losses together; a token that only another loss trains has no advantage
         given["mask"] = mask[0] * np.asarray([_trains(one) for one in losses], dtype=float)
@@ -122,6 +150,10 @@ def _ranks(folder: Path) -> list[Path]:
     if not (folder / _COMPLETE).exists():
         return []
     return [file for file in numbered(folder, _RANK) if file.is_file()]
+
+
+def _is_waiting(step: Path) -> bool:
+    return not (step / _COMPLETE).exists() and any(_is_export(file) for file in numbered(step, _RANK))
 
 
 def _is_export(path: Path) -> bool:

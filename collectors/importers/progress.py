@@ -41,18 +41,13 @@ def state_of(run: Path) -> dict[str, Any]:
     if not rows:
         raise StoreError(f"import: {run} was recorded by a training, not imported. Give another --name.")
     state: dict[str, Any] = json.loads(rows[-1][0])
-    if more := rows_of(run) - int(state["rows"]):  # an import that was cut short has recorded so many, or not all
+    if more := recorded(run)[0] - int(state["rows"]):  # an import that was cut short has recorded so many, or not all
         state |= {"records": state["records"] + more, "last": None}
     return state
 
 
-def rows_of(run: Path) -> int:
-    """Rows of all attempts."""
+def recorded(run: Path) -> tuple[int, int]:
+    """Rows of all attempts, and tokens that could not be written."""
     with open_run(run) as opened:
-        return int(opened.sql("SELECT count(*) FROM steps_all").fetchall()[0][0])
-
-
-def dropped_of(run: Path) -> int:
-    """Tokens that could not be written."""
-    with open_run(run) as opened:
-        return int(opened.sql("SELECT coalesce(sum(dropped_tokens), 0) FROM steps_all").fetchall()[0][0])
+        rows, dropped = opened.sql("SELECT count(*), coalesce(sum(dropped_tokens), 0) FROM steps_all").fetchall()[0]
+    return int(rows), int(dropped)

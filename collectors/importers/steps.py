@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mhpo_core.batch import Sequences, TokenBatch
+from mhpo_core.errors import StoreError
 
 
 @dataclass
@@ -58,6 +59,14 @@ class Notes:
             yield f"{kind}{f', {count} times' if count > 1 else ''}{first}."
 
 
+class NotYet(StoreError):
+    """Files of a format of which none is complete; they count only where no other format is found."""
+
+
+class SeveralRuns(StoreError):
+    """Files of a format that are of several trainings; beside another format they are left out."""
+
+
 class Format(Protocol):
     """A file format of another tool.
 
@@ -72,7 +81,11 @@ class Format(Protocol):
     framework: str
 
     def find(self, path: Path) -> list[Path]:
-        """Files of this format: the path itself, or those below it; empty if there are none. Reads little of each."""
+        """Files of this format: the path itself, or those below it; empty if there are none. Reads little of each.
+
+        Raises:
+            NotYet: there are some, and none of them is complete.
+        """
         ...
 
     def steps(self, files: list[Path], notes: Notes) -> Iterator[ImportedStep]:
@@ -80,5 +93,6 @@ class Format(Protocol):
 
         Raises:
             StoreError: a file is not what `find` took it for.
+            SeveralRuns: before the first step.
         """
         ...

@@ -14,7 +14,7 @@ from collectors.importers import packed
 from collectors.importers.names import UNKNOWN
 from collectors.importers.rows import STEP_KEYS, StepOf, joined, natural, side_by_side, wall_time
 from collectors.importers.steps import ImportedStep, Notes
-from collectors.importers.text import number, numbers
+from collectors.importers.text import number, numbers, objects
 from mhpo_core.errors import StoreError
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".ndjson.gz")
@@ -113,7 +113,7 @@ def _rows(path: Path, notes: Notes) -> Iterator[tuple[str, dict[str, float]]]:
 
 def _of_json(path: Path, notes: Notes) -> Iterator[tuple[str, dict[str, float]]]:
     text = _Text(notes)
-    for line, row in packed.json_rows(path, notes):
+    for line, row in objects(path, notes, packed.lines):
         for name, value in row.items():
             if isinstance(value, str | list) and number(value) is None:
                 text.add(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from collectors.importers.names import UNKNOWN
 from collectors.importers.rows import natural, side_by_side
-from collectors.importers.steps import ImportedStep, Notes
+from collectors.importers.steps import ImportedStep, Notes, SeveralRuns
 from collectors.importers.tfevents import is_event_file, scalars
 from mhpo_core.errors import StoreError
 
@@ -56,12 +56,13 @@ class TensorBoard:
         Memory holds the scalars of one file, or of one file of each writer.
 
         Raises:
-            StoreError: the files are of several runs, one of them is no event file, or there is no scalar.
+            SeveralRuns: the files are of several runs.
+            StoreError: one of them is no event file, or there is no scalar.
         """
         folders = dict.fromkeys(file.parent for file in files)
         if len(folders) > 1:
             named = ", ".join(str(folder) for folder in list(folders)[:10])
-            raise StoreError(f"import: event files of {len(folders)} runs: {named}. Give the folder of one of them.")
+            raise SeveralRuns(f"import: event files of {len(folders)} runs: {named}. Give the folder of one of them.")
         writers = _writers(files) if len(files) > 1 else [files]
         count = 0
         for step in side_by_side([_in_turn(own, notes) for own in writers], notes):

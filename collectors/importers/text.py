@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,19 @@ def lines(path: Path, notes: Notes) -> Iterator[tuple[int, str, bool]]:
         raise StoreError(f"import: {path} cannot be read ({error}). Check the path and its permissions.") from None
 
 
-def objects(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(
+    path: Path, notes: Notes, read: Callable[[Path, Notes], Iterator[tuple[int, str, bool]]] = lines
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of every line of a file of JSON lines; a line that is none is noted and left out.
+
+    Args:
+        read: what yields its lines, as `lines` does.
 
     Raises:
         StoreError: no line holds an object, or the file cannot be read.
     """
     seen, odd = 0, 0
-    for number, line, ends in lines(path, notes):
+    for number, line, ends in read(path, notes):
         try:
             found = json.loads(line)
             if not isinstance(found, dict):

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from collectors.importers.formats import AUTO, MHPO, recognise
 from collectors.importers.merging import merged
 from collectors.importers.mhpo_run import copy_run
 from collectors.importers.names import UNKNOWN, columns_of, framework_of
-from collectors.importers.progress import EVENT, count_sequences, dropped_of, fingerprint, rows_of, state_of
-from collectors.importers.steps import Format, ImportedStep, Notes
+from collectors.importers.progress import EVENT, count_sequences, fingerprint, recorded, state_of
+from collectors.importers.steps import Format, ImportedStep, Notes, SeveralRuns
 from collectors.reader import open_run
 from collectors.recorder import Recorder
 from mhpo_core.errors import BatchError, StoreError
@@ -92,13 +92,13 @@ def import_run(
 
 
 def _copied(source: Path, target: Path) -> Imported:
-    before = rows_of(target) if layout.is_run(target) else 0
+    before = recorded(target)[0] if layout.is_run(target) else 0
     copied = copy_run(source, target)
     with open_run(target) as opened:
         tokens, sequences = opened.sql(
             "SELECT (SELECT count(*) FROM tokens), (SELECT count(*) FROM sequences)"
         ).fetchall()[0]
-    done = Imported(target, [MHPO], MHPO, rows_of(target) - before)
+    done = Imported(target, [MHPO], MHPO, recorded(target)[0] - before)
     return replace(done, tokens=tokens, sequences=sequences) if copied else done
 
 
@@ -133,6 +133,7 @@ class _Import:
     def append(self) -> Imported:
         """Record what is new."""
         state = state_of(self._target)
+        self._has |= set(state["has"])
         records, before = self._records(), 0
         for last in records:
             before += 1
@@ -146,7 +147,17 @@ class _Import:
         return self._finished()
 
     def _records(self) -> Iterator[ImportedStep]:
-        return merged([one.steps(files, self._notes) for one, files in self._found])
+        return merged([self._steps(one, files) for one, files in self._found])
+
+    def _steps(self, one: Format, files: list[Path]) -> Iterator[ImportedStep]:
+        try:
+            yield from one.steps(files, self._notes)
+        except SeveralRuns as error:
+            if len(self._found) == 1:
+                raise
+            self._done.formats.remove(one.name)
+            told = str(error).removeprefix("import: ").partition(". ")[0]
+            self._notes.add(f"Left out are {told}; give the folder of one of them as a further source")
 
     def _write(self, path: Path, records: Iterator[ImportedStep], before: int) -> None:
         first = list(islice(records, _TELLING))
@@ -155,7 +166,7 @@ class _Import:
         if self._framework == UNKNOWN:
             self._framework = framework_of(name for record in first for name in record.metrics)
         last = first[0]
-        rows = rows_of(path) if before else 0
+        rows = recorded(path)[0] if before else 0
         with Recorder(
             path, objective=self._objective, tokens="all", disk_limit=None, fsync="seal", when_full="wait",
             config={"import": self._description()}, rank=0, world_size=1, by_segment=True,
@@ -166,7 +177,7 @@ class _Import:
             rows += self._done.steps
             state = {"records": before + self._done.steps, "rows": rows, "last": fingerprint(last), **self._told()}
             recorder.event(EVENT, json.dumps(state))
-        if rows_of(path) != rows or dropped_of(path):
+        if recorded(path) != (rows, 0):
             raise StoreError(
                 f"import: not all of it could be written to {path.parent}. Free disk space, then import again."
             )
@@ -202,16 +213,19 @@ class _Import:
         }  # fmt: skip
 
     def _told(self) -> dict[str, Any]:
-        return {"has": sorted(self._has), "unmapped": list(self._unmapped), "notes": list(self._notes)}
+        possible = [asdict(one) for one in diagnose(self._has, self._framework)]
+        return {
+            "has": sorted(self._has), "unmapped": list(self._unmapped), "notes": list(self._notes),
+            "framework": self._framework, "formats": self._done.formats, "diagnostics": possible,
+        }  # fmt: skip
 
     def _sources(self) -> str:
         return str(self._found[0][1][0])
 
     def _finished(self) -> Imported:
-        has = set(state_of(self._target)["has"]) | self._has
         self._done.framework = self._framework
         self._done.unmapped, self._done.notes = list(self._unmapped), list(self._notes)
-        self._done.diagnostics = diagnose(has, self._framework)
+        self._done.diagnostics = diagnose(self._has, self._framework)
         return self._done
 
 

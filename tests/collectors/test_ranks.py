@@ -324,8 +324,9 @@ def rank_sequences(rank: int, step: int) -> Sequences:
 
 def record_rank(recorder: Recorder, rank: int, step: int) -> None:
     recorder.record(
-        step, rank_batch(rank, step), loss=0.5 * step, reward=torch.tensor(rank_rewards(rank, step)), grad_norm=2.0,
-        sequences=rank_sequences(rank, step), gradient_norms={f"layer.{rank}": step + 0.5}, metrics={"lr": 1e-6},
+        step, rank_batch(rank, step), loss=0.5 * step + rank, reward=torch.tensor(rank_rewards(rank, step)),
+        grad_norm=2.0, sequences=rank_sequences(rank, step), gradient_norms={f"layer.{rank}": step + 0.5},
+        metrics={"lr": 1e-6},
     )  # fmt: skip
 
 
@@ -354,7 +355,7 @@ def check_merged(run: Run, step: int, ranks=range(RANKS), objective="mhpo") -> N
     expected |= {
         "reward_mean": rewards.mean(), "reward_std": rewards.std(), "truncated_fraction": cut.mean(),
         "dropped_tokens": 0, "n_groups": sum(len(set(rank_sequences(r, step).group_id)) for r in ranks),
-        "loss": 0.5 * step, "lr": 1e-6, "grad_norm": 2.0,
+        "loss": np.mean([0.5 * step + rank for rank in ranks]), "lr": 1e-6, "grad_norm": 2.0,
     }  # fmt: skip
     (row,) = run.sql(f"FROM steps WHERE step = {step}").to_arrow_table().to_pylist()
     for name, metric in METRICS.items():
@@ -440,6 +441,22 @@ def test_a_rank_that_wrote_a_summary_alone_still_counts(tmp_path):
     log_ratio = measure(rank_batch(0, 0), objectives.create("mhpo")).scalars["log_ratio_max"]
     reward = np.mean(rank_rewards(0, 0) + rank_rewards(1, 0))
     assert found == [(sum(counts), counts[1], pytest.approx(reward), log_ratio)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([1.0, 4.0, 4.0], 3.0), ([None, 2.0, 5.0], 3.5), ([None] * 3, None), ([1.0, math.nan, 2.0], math.nan),
+     ([math.inf, 1.0, 2.0], math.inf), ([math.inf, -math.inf, 1.0], math.nan)],
+)  # fmt: skip
+def test_the_loss_is_the_mean_of_the_ranks_that_gave_one_however_many_tokens_they_have(tmp_path, losses, expected):
+    recorders = [Recorder(tmp_path / "run", objective="mhpo", rank=r, world_size=3, fsync=False) for r in range(3)]
+    for rank, (recorder, loss) in enumerate(zip(recorders, losses, strict=True)):
+        recorder.record(0, rank_batch(rank, 0), loss=loss, grad_norm=2.0 + rank)
+        recorder.close()
+    with open_run(tmp_path / "run") as run:
+        found, norm = rows(run, "SELECT loss, grad_norm FROM steps")[0]
+    assert found == expected if expected is None else found == pytest.approx(expected, nan_ok=True)
+    assert norm == 2.0, "global: the same on every rank"
 
 
 def test_one_rank_stays_as_it_is_and_the_order_of_rows_does_not_matter(tmp_path):

@@ -11,7 +11,7 @@ from mhpo_core.telemetry import measure
 
 RULES = {
     metrics.SUM, metrics.MINIMUM, metrics.MAXIMUM, metrics.LAST, metrics.TOKEN_MEAN, metrics.SEQUENCE_MEAN,
-    metrics.QUANTILE, metrics.FROM_SUMS,
+    metrics.RANK_MEAN, metrics.QUANTILE, metrics.FROM_SUMS,
 }  # fmt: skip
 # what only the trainer or the recorder knows; everything else comes from the tokens
 FROM_THE_TRAINER = {

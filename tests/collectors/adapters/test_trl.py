@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -296,6 +297,8 @@ def test_two_ranks_write_every_token_once(tmp_path):
         ]  # fmt: skip
         tokens, distinct = rows(run, "SELECT count(*), count(DISTINCT (step, sequence_id, position)) FROM tokens")[0]
         assert tokens == distinct == column(run, "SELECT sum(n_tokens) FROM steps")[0]
+        logged = json.loads((tmp_path / "out" / "losses.json").read_text())
+        assert column(run, "SELECT loss FROM steps ORDER BY step") == pytest.approx(logged, rel=1e-5)
         norms = rows(run, "SELECT step, parameter, count(DISTINCT grad_norm) FROM gradients GROUP BY ALL")
         assert norms and all(count == 1 for _, _, count in norms), "gradients are the same on both ranks"
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pyarrow import parquet
 
 from collectors import Recorder, open_run
 from collectors.adapters import verl as adapter
-from collectors.adapters.verl_settings import objective_of, options_of
+from collectors.adapters import verl_gradients
+from collectors.adapters import worker as workers
+from collectors.adapters.verl_settings import objective_of
+from collectors.adapters.worker import Worker, options_of, version_of
 from mhpo_core.batch import TokenBatch
 from mhpo_core.errors import ConfigError
 from tests.collectors.support import column, rows
@@ -42,7 +44,7 @@ B, T = 4, 7
 def run(tmp_path, monkeypatch):
     monkeypatch.setenv("MHPO_RUN", str(tmp_path / "run"))
     monkeypatch.setenv("MHPO_OPTIONS", '{"tokens": "all", "fsync": false}')
-    monkeypatch.setattr(adapter, "_HERE", adapter._Process())
+    monkeypatch.setattr(adapter, "_HERE", Worker("verl"))
     yield tmp_path / "run"
     adapter.close()
 
@@ -131,7 +133,7 @@ def test_a_recording_loss_is_the_loss_to_the_bit(run, name):
         for field, argument in (("logp_new", "log_prob"), ("logp_old", "old_log_prob"), ("advantage", "advantages")):
             assert np.array_equal(got[field], given[argument].detach().numpy()[mask])
         said = rows(opened, "SELECT kind, detail FROM events")[1]
-        assert said == ("verl", f"policy loss mhpo_{name} of verl {adapter._version()} records")
+        assert said == ("verl", f"policy loss mhpo_{name} of verl {version_of('verl')} records")
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -309,7 +311,7 @@ def test_a_run_that_cannot_be_opened_is_not_tried_again_and_again(monkeypatch):
         tried.append(args)
         raise OSError("no such bucket")
 
-    monkeypatch.setattr(adapter, "Recorder", broken)
+    monkeypatch.setattr(workers, "Recorder", broken)
     for seed in range(3):
         call("mhpo_vanilla", seed)
     assert len(tried) == 1
@@ -408,6 +410,35 @@ def test_a_real_worker_trains_the_same_and_its_loss_is_recorded(run, job, model,
         assert column(opened, "SELECT sum(n_tokens) FROM steps") == [trained_tokens]
 
 
+def test_gradients_are_measured_before_they_are_clipped(run, job, model):
+    """Of a worker whose updates are all clipped, at 0.5."""
+    _, logged = trained(model, config_of("mhpo_vanilla"))
+    adapter.close()
+    with open_run(run) as opened:
+        logged_norms = [v for record in logged for v in record["grad_norm"]]
+        assert column(opened, "SELECT grad_norm FROM steps ORDER BY step") == pytest.approx(logged_norms, rel=1e-5)
+        assert min(logged_norms) > 0.5
+        whole = "sqrt(sum(grad_norm * grad_norm)), count(*), min(grad_norm), min(weight_norm)"
+        found = rows(opened, f"SELECT {whole} FROM gradients GROUP BY step ORDER BY step")
+        assert [row[0] for row in found] == pytest.approx(logged_norms, rel=1e-5)
+        assert {row[1] for row in found} == {11} and min(min(row[2:]) for row in found) > 0
+        named = column(opened, "SELECT DISTINCT parameter FROM gradients")
+        assert "model.layers.1.mlp" in named and "lm_head" in named
+
+
+def test_gradients_that_cannot_be_measured_train_all_the_same(run, job, model, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise ArithmeticError("no norm")
+
+    plain_weights, _ = trained(model, config_of("vanilla"))
+    monkeypatch.setattr(verl_gradients, "gradient_norms", broken)
+    weights, _ = trained(model, config_of("mhpo_vanilla"))
+    adapter.close()
+    assert all(torch.equal(a, b) for a, b in zip(plain_weights, weights, strict=True))
+    assert rows(run, "SELECT count(*), count(grad_norm) FROM steps") == [(8, 0)]
+    assert sum("no norm" in record.message for record in caplog.records) == 1
+
+
 def test_the_whole_loss_knows_ids_entropy_engine_rewards_and_groups(run, job, model):
     _, logged = trained(model, config_of(entropy_coeff=0.1), adapter.recording_ppo_loss)
     adapter.close()
@@ -441,6 +472,7 @@ def test_a_gradient_that_is_not_finite_is_a_step_and_the_next_one_another(run, j
         assert column(opened, "SELECT step FROM steps") == list(range(1, 9))
         assert column(opened, "SELECT count(*) FROM events WHERE kind = 'update_skipped'") == [2]
         assert column(opened, "SELECT count(*) FROM steps WHERE NOT isfinite(loss)") == [2]
+        assert column(opened, "SELECT count(*) FROM steps WHERE NOT isfinite(grad_norm)") == [2]
 
 
 def test_several_outputs_of_one_session_get_numbers_of_their_own(run, job, model):
@@ -465,7 +497,8 @@ def test_two_ranks_write_every_token_once(run, model, tmp_path):
     ]  # fmt: skip
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    logged = [v for losses in json.loads((tmp_path / "logged").read_text()) for v in losses]
+    told = json.loads((tmp_path / "logged").read_text())
+    logged, norms = ([value for both in told for value in both[place]] for place in (0, 1))
     with open_run(run) as opened:
         assert rows(opened, "SELECT step, n_sequences FROM steps") == [(n, 4) for n in range(1, 9)]
         per_rank = rows(
@@ -475,10 +508,12 @@ def test_two_ranks_write_every_token_once(run, model, tmp_path):
         tokens, distinct = rows(opened, "SELECT count(*), count(DISTINCT (step, sequence_id, position)) FROM tokens")[0]
         expected = sum(2 * int(rollouts(seed)["response_mask"].values().sum()) for seed in (0, 1))
         assert tokens == distinct == expected
-    # each rank's own, of which verl logs the mean; all tokens together are the mini-batch
-    files = sorted((run / "rollup" / "hot").glob("*.parquet"))
-    losses = [row["loss"] for file in files for row in parquet.read_table(file, columns=["loss"]).to_pylist()]
-    assert [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)] == pytest.approx(logged, rel=1e-6)
+        # each rank's own, of which verl logs the mean; all tokens together are the mini-batch
+        assert column(opened, "SELECT loss FROM steps ORDER BY step") == pytest.approx(logged, rel=1e-6)
+        assert column(opened, "SELECT grad_norm FROM steps ORDER BY step") == pytest.approx(norms, rel=1e-5)
+        counted = "count(DISTINCT rank), count(DISTINCT grad_norm), count(DISTINCT weight_norm)"
+        per_layer = rows(opened, f"SELECT {counted} FROM gradients GROUP BY step, parameter")
+        assert len(per_layer) == 8 * 11 and set(per_layer) == {(2, 1, 1)}, "the same on both ranks"
 
 
 def said(code: list[str], **environment: str) -> subprocess.CompletedProcess:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,3 +64,6 @@ if __name__ == "__main__":  # one rank of a job, under torchrun
     trainer = build(sys.argv[1], max_steps=3, num_iterations=2, ddp_backend="gloo")
     attach(trainer, sys.argv[2], tokens="all", fsync=False)
     trainer.train()
+    if trainer.is_world_process_zero():
+        logged = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+        Path(sys.argv[1], "losses.json").write_text(json.dumps(logged))

@@ -123,5 +123,5 @@ if __name__ == "__main__":  # one rank of a job, under torchrun
     logged = [tu.get(made.train_mini_batch(rollouts(seed, **here)), "metrics") for seed in (0, 1)]
     close()
     if here["rank"] == 0:
-        Path(sys.argv[2]).write_text(json.dumps([m["loss"] for m in logged]))
+        Path(sys.argv[2]).write_text(json.dumps([[m["loss"], m["grad_norm"]] for m in logged]))
     torch.distributed.destroy_process_group()

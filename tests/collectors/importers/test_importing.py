@@ -243,3 +243,20 @@ def test_tokens_of_several_segments_and_attempts_are_whole(tmp_path, monkeypatch
         assert rows(run, "SELECT step, n_tokens FROM steps") == [(s, 10) for s in range(8)]
         assert rows(run, "SELECT step, count(*) FROM tokens GROUP BY step ORDER BY step") == [(s, 10) for s in range(8)]
         assert column(run, "SELECT count(DISTINCT sequence_id) FROM sequences") == [16]
+
+
+def test_what_an_earlier_import_gave_still_counts_and_the_run_keeps_it(tmp_path):
+    state = write_state(tmp_path / "trainer_state.json", [{"step": 1, "loss": 0.5, "grad_norm": 2.0}])
+    first = import_run([state], tmp_path / "runs", name="x")
+    write_state(state, [{"step": 1, "loss": 0.5, "grad_norm": 2.0}, {"step": 2, "loss": 0.25}])
+    second, third = import_run([state], tmp_path / "runs", name="x"), import_run([state], tmp_path / "runs", name="x")
+    assert (second.steps, third.steps) == (1, 0)
+    assert first.diagnostics == second.diagnostics == third.diagnostics
+    assert any(not one.missing for one in first.diagnostics)
+    details = column(tmp_path / "runs" / "x", "SELECT detail FROM events WHERE kind = 'imported'")
+    assert len(details) == 2, "none where nothing was new"
+    for told in map(json.loads, details):
+        assert [(d["name"], tuple(d["missing"]), d["how"]) for d in told["diagnostics"]] == [
+            (d.name, d.missing, d.how) for d in first.diagnostics
+        ]
+        assert (told["framework"], told["formats"]) == ("trl", ["trl-state"])

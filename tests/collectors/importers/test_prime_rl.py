@@ -6,9 +6,12 @@ import codecs
 import json
 import math
 
+import pytest
 import torch
 
+from collectors.importers.formats import recognise
 from collectors.importers.prime_rl import FORMAT
+from mhpo_core.errors import StoreError
 from tests.collectors.importers.dump_files import DATA, lines_of, read, read_one, refused, single, trained, write_lines
 
 SAMPLE = DATA / "prime-rl" / "token_exports" / "step_3" / "rank_0.jsonl"
@@ -66,9 +69,26 @@ def test_a_folder_gives_its_complete_steps_in_numeric_order(tmp_path):
     assert [one.step for one in read(FORMAT, tmp_path / "token_exports" / "step_2")[0]] == [2]
 
 
+def test_exports_of_which_no_step_is_complete_are_named(tmp_path):
+    for step in (10, 9):
+        export(tmp_path, step, [row(step=step)], stable=False)
+    for path in (tmp_path, tmp_path / "token_exports"):
+        with pytest.raises(StoreError) as raised:
+            recognise(path)
+        assert str(raised.value) == (
+            f"import: {path} holds token exports of prime-rl of which no step is complete: STABLE is missing in "
+            "step_9, step_10. Wait until prime-rl has written it, or give one of the files."
+        )
+    with pytest.raises(StoreError, match="no step is complete: STABLE is missing in step_9. Wait"):
+        recognise(tmp_path / "token_exports" / "step_9")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert [form.name for form, _ in recognise(tmp_path)] == ["tables"], "another format is still found"
+    (tmp_path / "token_exports" / "step_9" / "STABLE").touch()
+    assert [form.name for form, _ in recognise(tmp_path)] == ["prime-rl", "tables"]
+
+
 def test_a_single_file_needs_no_marker(tmp_path):
     export(tmp_path, 9, [row(step=9)], stable=False)
-    assert FORMAT.find(tmp_path) == []
     step, notes = read_one(FORMAT, tmp_path / "token_exports" / "step_9" / "rank_0.jsonl")
     assert step.step == 9 and notes == []
     # the folder's number is the run's step where several runs share a trainer

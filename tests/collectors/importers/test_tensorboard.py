@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collectors.importers import import_run
 from collectors.importers.steps import Notes
 from collectors.importers.tensorboard import FORMAT
+from mhpo_core.errors import StoreError
 from tests.collectors.importers.reading import DATA, read, refused, same
 
 REAL = DATA / "tensorboard" / "events.out.tfevents.1700000000.host.1.0"
@@ -213,3 +216,20 @@ def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "x").write_text("a text that is long enough")
     refused(FORMAT, [tmp_path / "x"], "is no event file")
     refused(FORMAT, [tmp_path / "absent"], "cannot be read")
+
+
+def test_events_of_several_runs_beside_a_trainer_state_are_left_out_and_said(tmp_path):
+    out = tmp_path / "out"
+    for name, step in (("Nov22_a", 1), ("Nov23_b", 2)):
+        file(out / "runs" / name, event(step, own=float(step)))
+    (out / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": s, "loss": 0.5} for s in (1, 2)]}))
+    done = import_run([out], tmp_path / "imported")
+    assert (done.formats, done.steps) == (["trl-state"], 2)
+    assert done.notes == [
+        f"Left out are event files of 2 runs: {out / 'runs' / 'Nov22_a'}, {out / 'runs' / 'Nov23_b'}; give the folder "
+        "of one of them as a further source."
+    ]
+    both = import_run([out / "trainer_state.json", out / "runs" / "Nov23_b"], tmp_path / "imported", name="both")
+    assert (both.formats, both.unmapped, both.notes) == (["trl-state", "tensorboard"], ["own"], [])
+    with pytest.raises(StoreError, match="event files of 2 runs: .*Nov22_a, .*Nov23_b. Give the folder of one"):
+        import_run([out / "runs"], tmp_path / "imported")

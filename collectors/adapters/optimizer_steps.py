@@ -1,28 +1,57 @@
-"""From the loss calls of a verl worker to one record per optimizer step.
+"""From the loss calls of a worker to one record per optimizer step.
 
-A loss call is a micro-batch, and nothing tells it where a step ends: that is when an optimizer has stepped. Where verl
-leaves an update out because the gradient is not finite, no optimizer steps; the next mini-batch then tells it, by its
-number of tokens.
+A loss call is a micro-batch, and nothing tells it where a step ends: that is when an optimizer has stepped. Where a
+framework leaves an update out because the gradient is not finite, no optimizer steps; the next mini-batch then tells
+it, by its number of tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from collectors.adapters.harmless import harmless
-from collectors.adapters.verl_calls import MicroBatch
-from collectors.adapters.verl_settings import steps_made
 from collectors.recorder import Recorder
-from mhpo_core.batch import Sequences, concatenate
+from mhpo_core.batch import Sequences, TokenBatch, concatenate
+from mhpo_core.gradients import GradientNorms
 
 _JOIN: dict[str, Callable[[list[float]], float]] = {
     "mean": lambda values: math.fsum(values) / len(values), "sum": math.fsum, "min": min, "max": max,
 }  # fmt: skip
+
+
+@dataclass
+class MicroBatch:
+    """What one loss call knows.
+
+    Args:
+        batch: its tokens; None where none trains.
+        loss: what is differentiated, None where it is not known; those of a step are summed.
+        metrics: name → how the micro-batches of a step become one ("mean", "sum", "min" or "max"), and values.
+        weights: importance weights at the trained tokens, (N,); they multiply the loss, not the advantage.
+        sequences: fields of `Sequences`, one entry per row each.
+        expected: trained tokens of the whole mini-batch on all data-parallel ranks; None where nobody says.
+        n_ranks: that share the mini-batch.
+    """
+
+    batch: TokenBatch | None
+    loss: Tensor | None = None
+    metrics: Mapping[str, tuple[str, Sequence[float | Tensor]]] = field(default_factory=dict)
+    weights: Tensor | None = None
+    sequences: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    expected: int | None = None
+    n_ranks: int = 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Trained tokens."""
+        return 0 if self.batch is None else int(self.batch.mask.sum())
 
 
 class StepTelemetry:
@@ -34,6 +63,7 @@ class StepTelemetry:
         self._n_tokens = 0
         self._updates = 0
         self._before: int | None = None
+        self._norms: GradientNorms | None = None
         self._hook = register_optimizer_step_post_hook(self._stepped)
 
     def close(self) -> None:
@@ -50,6 +80,11 @@ class StepTelemetry:
         self._parts.append(part)
         self._n_tokens += n_tokens
         return n_tokens
+
+    def measured(self, norms: GradientNorms) -> None:
+        """Keep the gradient norms of the update that is about to be made."""
+        if self._parts:  # else a critic's, or those of another training
+            self._norms = norms
 
     def _begins_a_mini_batch(self, part: MicroBatch) -> bool:
         before = self._parts[-1]
@@ -73,6 +108,7 @@ class StepTelemetry:
 
     def _record(self, columns: dict[str, float]) -> None:
         parts, self._parts, self._n_tokens = self._parts, [], 0
+        norms, self._norms = self._norms, None
         self._updates += 1
         trained = [part for part in parts if part.batch is not None]
         losses = [part.loss for part in parts if part.loss is not None]
@@ -81,6 +117,7 @@ class StepTelemetry:
             concatenate([part.batch for part in trained if part.batch is not None]) if trained else None,
             loss=torch.stack([loss.float() for loss in losses]).sum() if len(losses) == len(parts) else None,
             sequences=_joined(trained),
+            gradient_norms=norms,
             metrics=_metrics_of(parts),
             columns=columns,
         )
@@ -96,22 +133,24 @@ def _joined(parts: list[MicroBatch]) -> Sequences:
 
 
 def _metrics_of(parts: list[MicroBatch]) -> dict[str, float]:
-    """verl's over the micro-batches, each as verl reduces it, under the names that verl logs; and of the weights."""
+    """Those of the micro-batches, each as its framework reduces it, and of the weights."""
     values: dict[str, list[float]] = {}
     how: dict[str, str] = {}
     for part in parts:
-        for name, metric in part.metrics.items():
-            found = getattr(metric, "values", [metric])
-            name = name if name.startswith("actor/") else f"actor/{name}"
-            values.setdefault(name, []).extend(float(v) for v in found if isinstance(v, int | float))
-            how[name] = getattr(getattr(metric, "aggregation", None), "value", "mean")
+        for name, (rule, found) in part.metrics.items():
+            values.setdefault(name, []).extend(float(v) for v in found)
+            how[name] = rule
     metrics = {name: _JOIN[how[name]](found) for name, found in values.items() if found}
-    policy_losses = [float(part.policy_loss) for part in parts if part.policy_loss is not None]
-    if policy_losses:
-        metrics["actor/pg_loss"] = math.fsum(policy_losses)
     weights = [part.weights for part in parts if part.weights is not None]
     if weights:
         all_of_them = torch.cat(weights)
         bounds = {"mean": all_of_them.mean(), "min": all_of_them.min(), "max": all_of_them.max()}
         metrics |= {f"mhpo/rollout_is_weight_{name}": float(value) for name, value in bounds.items()}
     return metrics
+
+
+def steps_made(optimizer: Any) -> int:
+    """Steps that an Adam has made, those before a checkpoint too; 0 for an optimizer that does not count."""
+    of_parameter: Mapping[str, Any] = next(iter(optimizer.state.values()), {})
+    of_group: Mapping[str, Any] = next(iter(optimizer.param_groups), {})
+    return int(of_parameter.get("step", of_group.get("step", 0)))
