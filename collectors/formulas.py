@@ -145,7 +145,7 @@ def _mhpo(name: str, numbers: Mapping[str, float]) -> Derivation:
         # log sech²(x) in a form that keeps its digits for large x
         twice = column("_double")
         stages += [{"_double": 2 * absolute(ratio / numbers["c"])}]
-        columns["gradient_multiplier"] = exp(exponent + (ln(4) - twice - 2 * ln(1 + exp(-twice))))
+        columns["gradient_multiplier"] = exp(exponent + ln(4) - twice - 2 * ln(1 + exp(-twice)))
     hazard = column("_positive") + column("_negative") if name not in _NO_HAZARD else None
     return Derivation(tuple(stages), columns, hazard)
 
