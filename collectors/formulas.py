@@ -1,4 +1,4 @@
-"""What follows from a token's stored columns, as SQL: the same quantities as `Objective.terms`, which tests compare.
+"""What follows from a token's stored columns: the same quantities as `Objective.terms`, which tests compare.
 
 The formulas come in stages, each over the columns of the one before, so that a tanh or exp that several columns need is
 computed once and a query over them is planned in milliseconds.
@@ -6,22 +6,37 @@ computed once and a query over them is planned in milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_LFM = "{c} * tanh(log_ratio::DOUBLE / {c})"
-# an infinite shift would be Inf − Inf in the weight
-_BOUNDED = "CASE WHEN isinf(log_ratio) THEN sign(log_ratio) * 1e77::DOUBLE ELSE log_ratio::DOUBLE END"
-_PULLS_BACK = "advantage::DOUBLE * log_ratio < 0"
-_LARGEST = "3.4028234663852886e38::DOUBLE"
+from collectors.expressions import (
+    Expression,
+    absolute,
+    as_float,
+    atanh,
+    coalesce,
+    column,
+    double,
+    exp,
+    is_infinite,
+    is_zero,
+    ln,
+    power,
+    sign,
+    tanh,
+    where,
+)
+from collectors.token_rows import COMPACT, MINIMAL
 
-_MODULATED = {
-    "mhpo": _LFM, "mhpo_lfm_only": _LFM, "mhpo_no_stopgrad": _LFM, "mhpo_sa": _LFM,
-    "mhpo_dhp_only": _BOUNDED,
-}  # fmt: skip
-_NO_HAZARD = ("mhpo_lfm_only",)
+Stage = dict[str, Expression]
+"""Column → its formula over the columns there are so far; it takes the place of one of the same name."""
+
 # without the modulator, shift and hazard of an infinite ratio differ by more than their float32 columns can say
 _MULTIPLIERS = ("mhpo", "mhpo_lfm_only")
+_WITH_MODULATOR = ("mhpo", "mhpo_lfm_only", "mhpo_no_stopgrad", "mhpo_sa")
+_WITHOUT_MODULATOR = ("mhpo_dhp_only",)
+_NO_HAZARD = ("mhpo_lfm_only",)
 
 DERIVED = ("modulated_log_ratio", "hazard_positive", "hazard_negative", "survival_weight", "gradient_multiplier")
 
@@ -31,25 +46,60 @@ class Derivation:
     """How columns of a token follow from others.
 
     Args:
-        stages: helper column → SQL over the stored columns and the helpers of earlier stages.
-        columns: column of DERIVED → SQL over stored columns and helpers; a column that does not follow is absent.
-        hazard: SQL of ζ, where the run does not store it; empty where it does not follow.
+        stages: helper columns, over the stored columns and the helpers of earlier stages.
+        columns: column of DERIVED → float64 over stored columns and helpers; a column that does not follow is absent.
+        hazard: ζ, where the run does not store it; None where it does not follow.
     """
 
-    stages: tuple[dict[str, str], ...] = ()
-    columns: dict[str, str] = field(default_factory=dict)
-    hazard: str = ""
+    stages: tuple[Stage, ...] = ()
+    columns: Stage = field(default_factory=dict)
+    hazard: Expression | None = None
 
 
-def as_float(sql: str) -> str:
-    """The DOUBLE as FLOAT; a finite value beyond its range becomes its largest one, as in `Objective.terms`.
+def token_stages(manifest: Mapping[str, Any]) -> list[Stage]:
+    """What the view `tokens` computes for the tokens of a run, from the columns that its files have.
 
-    A plain cast of such a value fails, and with it the query.
+    Args:
+        manifest: contents of run.json.
     """
-    return f"(CASE WHEN isfinite({sql}) THEN least(greatest({sql}, -{_LARGEST}), {_LARGEST}) ELSE {sql} END)::FLOAT"
+    store, found = manifest.get("store") or {}, derivation(manifest.get("objective") or {})
+    stages = [_not_stored(store), *found.stages]
+    if found.hazard and store.get("columns") == MINIMAL:
+        stages.append({"hazard": coalesce(column("hazard"), as_float(found.hazard))})
+    if "gradient_multiplier" in found.columns:
+        stages.append({"_multiplier": found.columns["gradient_multiplier"]})
+        stages.append({"gradient_multiplier": as_float(column("_multiplier"))})
+    others = {name: as_float(value) for name, value in found.columns.items() if name != "gradient_multiplier"}
+    return [*stages, *_norm(others)]
 
 
-def derivation(objective: dict[str, Any]) -> Derivation:
+def _not_stored(store: Mapping[str, Any]) -> Stage:
+    """The sums and differences that the run's settings leave to be computed."""
+    new, old, ratio = column("logp_new"), column("logp_old"), column("log_ratio")
+    if store.get("precision") == COMPACT:
+        return {"logp_new": old + ratio, "logp_rollout": old - column("mismatch")}
+    if store.get("columns") == MINIMAL:
+        return {"log_ratio": new - old}
+    return {"logp_new": coalesce(new, old + ratio)}
+
+
+def _norm(others: Stage) -> list[Stage]:
+    """|A·M|·(1 − p), the token gradient norm where neither it nor Σp² was stored; other columns in its last stage."""
+    half, weight = column("_half"), column("_weight")
+    # 1 − p by way of tanh keeps its digits for p near 1, and is 0 for p above 1
+    miss = where(half < 0, 0, 2 * half / (1 + half))
+    product = as_float(where(is_zero(weight), 0, weight * column("_miss")))
+    return [
+        {
+            "_half": tanh(-double("logp_new") / 2),
+            "_weight": absolute(double("advantage") * column("gradient_multiplier")),
+        },
+        {"_miss": miss},
+        others | {"logit_grad_norm": coalesce(column("logit_grad_norm"), product)},
+    ]
+
+
+def derivation(objective: Mapping[str, Any]) -> Derivation:
     """What follows for the tokens of a run of this objective.
 
     Args:
@@ -59,47 +109,57 @@ def derivation(objective: dict[str, Any]) -> Derivation:
     if isinstance(given.get("base"), dict):
         # an objective around another one: its terms are the inner one's, its multiplier is its own
         inner = derivation({"name": given["base"].get("name"), "hyperparameters": given["base"]})
-        columns = {name: sql for name, sql in inner.columns.items() if name != "gradient_multiplier"}
+        columns = {name: value for name, value in inner.columns.items() if name != "gradient_multiplier"}
         return Derivation(inner.stages, columns, inner.hazard)
     name = str(objective.get("name"))
-    numbers = {k: f"{float(v)!r}::DOUBLE" for k, v in given.items() if _is_number(v)}
+    numbers = {k: float(v) for k, v in given.items() if _is_number(v)}
     try:
-        return _mhpo(name, numbers) if name in _MODULATED else Derivation()
+        return _mhpo(name, numbers) if name in _WITH_MODULATOR + _WITHOUT_MODULATOR else Derivation()
     except KeyError:  # an imported run may not say with which hyperparameters it was made
         return Derivation()
 
 
-def _mhpo(name: str, numbers: dict[str, str]) -> Derivation:
-    stages = [{"_psi": _MODULATED[name].format(**numbers)}]
-    columns = {"modulated_log_ratio": "_psi"}
-    exponent = "_psi"
+def _mhpo(name: str, numbers: Mapping[str, float]) -> Derivation:
+    ratio, psi, shift, decay = double("log_ratio"), column("_psi"), column("_shift"), column("_decay")
+    stages: list[Stage] = [{"_psi": _shift_of(name, ratio, numbers)}]
+    columns = {"modulated_log_ratio": psi}
+    exponent = psi
     if name not in _NO_HAZARD:
-        shift = f"CASE WHEN {_PULLS_BACK} THEN 0 ELSE _psi END" if name == "mhpo_sa" else "_psi"
+        pulls_back = double("advantage") * column("log_ratio") < 0
         stages += [
-            {"_shift": shift},
-            {"_decay": "exp(-abs(_shift))"},
+            {"_shift": where(pulls_back, 0, psi) if name == "mhpo_sa" else psi},
+            {"_decay": exp(-absolute(shift))},
             # log(1 + e^−|x|): 2·atanh(y / (2 + y)) is log(1 + y) with the digits of a small y
-            {"_tail": "2 * atanh(_decay / (2 + _decay))"},
+            {"_tail": 2 * atanh(decay / (2 + decay))},
             {
-                "_positive": _hazard("_shift", numbers["lambda_pos"], numbers["k_pos"]),
-                "_negative": _hazard("-_shift", numbers["lambda_neg"], numbers["k_neg"]),
+                "_positive": _hazard(shift, numbers["lambda_pos"], numbers["k_pos"]),
+                "_negative": _hazard(-shift, numbers["lambda_neg"], numbers["k_neg"]),
             },
         ]
         columns |= {
-            "hazard_positive": "_positive", "hazard_negative": "_negative", "survival_weight": "exp(-hazard::DOUBLE)",
+            "hazard_positive": column("_positive"), "hazard_negative": column("_negative"),
+            "survival_weight": exp(-double("hazard")),
         }  # fmt: skip
-        exponent += " - hazard::DOUBLE"
+        exponent = exponent - double("hazard")
     if name in _MULTIPLIERS:
         # log sech²(x) in a form that keeps its digits for large x
-        stages += [{"_double": f"2 * abs(log_ratio::DOUBLE / {numbers['c']})"}]
-        slope = "ln(4::DOUBLE) - _double - 2 * ln(1 + exp(-_double))"
-        columns["gradient_multiplier"] = f"exp({exponent} + {slope})"
-    return Derivation(tuple(stages), columns, "_positive + _negative" if name not in _NO_HAZARD else "")
+        twice = column("_double")
+        stages += [{"_double": 2 * absolute(ratio / numbers["c"])}]
+        columns["gradient_multiplier"] = exp(exponent + ln(4) - twice - 2 * ln(1 + exp(-twice)))
+    hazard = column("_positive") + column("_negative") if name not in _NO_HAZARD else None
+    return Derivation(tuple(stages), columns, hazard)
 
 
-def _hazard(shift: str, scale: str, exponent: str) -> str:
+def _shift_of(name: str, ratio: Expression, numbers: Mapping[str, float]) -> Expression:
+    if name in _WITHOUT_MODULATOR:
+        # an infinite shift would be Inf − Inf in the weight
+        return where(is_infinite(column("log_ratio")), sign(column("log_ratio")) * 1e77, ratio)
+    return numbers["c"] * tanh(ratio / numbers["c"])
+
+
+def _hazard(shift: Expression, scale: float, exponent: float) -> Expression:
     """(softplus(shift) / scale)^exponent"""
-    return f"pow((CASE WHEN {shift} > 0 THEN {shift} ELSE 0 END + _tail) / {scale}, {exponent})"
+    return power((where(shift < 0, 0, shift) + column("_tail")) / scale, exponent)
 
 
 def _is_number(value: object) -> bool:

@@ -179,6 +179,6 @@ def sequence_sums(sequences: Sequences) -> dict[str, float]:
 def batch_bytes(batch: TokenBatch | Packed) -> int:
     """Memory of a batch."""
     if isinstance(batch, Packed):
-        return batch_bytes(batch.batch) + int(batch.row.nbytes + batch.position.nbytes)
+        return batch_bytes(batch.batch) + batch.trained.nbytes
     present = (getattr(batch, f.name) for f in fields(batch))
     return sum(t.numel() * t.element_size() for t in present if isinstance(t, Tensor))

@@ -6,12 +6,14 @@ Shape letters: B sequences, T response tokens, N trained tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from collectors.trained import Trained
 from mhpo_core.batch import TokenBatch
 from mhpo_core.objectives import Objective, Terms
 from mhpo_core.telemetry import StepTelemetry, logit_gradient_norm, measure
@@ -27,15 +29,27 @@ class Packed:
 
     Args:
         batch: the tokens as one row, (1, N).
-        row: (N,), the sequence of each, in [0, B).
-        position: (N,), its place among the response tokens, masked ones too.
-        length: (B,), trained tokens of each sequence.
+        trained: where they lay in the batch.
     """
 
     batch: TokenBatch
-    row: NDArray[np.intp]
-    position: NDArray[np.intp]
-    length: NDArray[np.intp]
+    trained: Trained
+
+    @property
+    def length(self) -> NDArray[np.intp]:
+        """(B,), trained tokens of each sequence."""
+        return self.trained.length
+
+    # what follows from the lengths is left to the thread that needs it
+    @cached_property
+    def row(self) -> NDArray[np.intp]:
+        """(N,), the sequence of each token, in [0, B)."""
+        return self.trained.row()
+
+    @cached_property
+    def position(self) -> NDArray[np.intp]:
+        """(N,), the place of each token among those of its sequence, masked ones too."""
+        return self.trained.position()
 
 
 def pack(batch: TokenBatch) -> Packed:
@@ -43,14 +57,10 @@ def pack(batch: TokenBatch) -> Packed:
 
     Shares memory with a batch on the CPU that has no padding.
     """
-    n_rows, width = batch.mask.shape
-    place = batch.mask.reshape(-1).nonzero().squeeze(1)
-    given: dict[str, Tensor | None] = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    packed: dict[str, Any] = {
-        n: None if v is None else _packed(v.detach(), place).cpu()[None] for n, v in given.items()
-    }
-    row, position = np.divmod(place.cpu().numpy(), width)
-    return Packed(TokenBatch(**packed), row, position, np.bincount(row, minlength=n_rows))
+    trained = Trained(batch.mask)
+    given = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "mask"}
+    packed: dict[str, Any] = {n: None if v is None else trained.of(v.detach())[None] for n, v in given.items()}
+    return Packed(TokenBatch(**packed, mask=torch.ones(1, trained.n_tokens, dtype=torch.bool)), trained)
 
 
 def measure_packed(batch: TokenBatch | None, packed: Packed, objective: Objective) -> StepTelemetry:
@@ -62,17 +72,17 @@ def measure_packed(batch: TokenBatch | None, packed: Packed, objective: Objectiv
     if not objective.follows_from_ratio:
         assert batch is not None
         found = measure(batch, objective)
-        place = batch.mask.reshape(-1).nonzero().squeeze(1)
+        trained = Trained(batch.mask)
         given = {f.name: getattr(found.terms, f.name) for f in fields(found.terms)}
-        of_tokens: dict[str, Any] = {n: None if v is None else _packed(v, place)[None] for n, v in given.items()}
+        of_tokens: dict[str, Any] = {n: None if v is None else trained.of(v)[None] for n, v in given.items()}
         terms = Terms(**of_tokens)
-        return replace(found, terms=terms, logit_grad_norm=_packed(found.logit_grad_norm, place)[None])
+        return replace(found, terms=terms, logit_grad_norm=trained.of(found.logit_grad_norm)[None])
     found = _measured(packed.batch, objective)
     names = found.accumulated.names.counts
     n_sequences = int(np.count_nonzero(packed.length))
     counts = found.accumulated.counts.clone()
     counts[names.index("n_sequences")] = n_sequences
-    scalars = found.scalars | {"n_sequences": n_sequences, "length_mean": len(packed.row) / n_sequences}
+    scalars = found.scalars | {"n_sequences": n_sequences, "length_mean": packed.trained.n_tokens / n_sequences}
     accumulated = replace(found.accumulated, counts=counts, n_rows=len(packed.length))
     return replace(found, scalars=scalars, accumulated=accumulated)
 
@@ -97,12 +107,3 @@ def _measured(batch: TokenBatch, objective: Objective) -> StepTelemetry:
     binned, terms = measure_binned(batch, objective), objective.terms(batch)
     norm = logit_gradient_norm(batch, terms)
     return StepTelemetry(terms, norm, binned.scalars, binned.histograms, binned.accumulated)
-
-
-def _packed(values: Tensor, place: Tensor) -> Tensor:
-    """(B, T) → (N,)"""
-    if len(place) == values.numel():
-        return values.reshape(-1)
-    if values.stride(1) == 0:  # one value per sequence, which need not be spread out first
-        return values[:, 0][place // values.shape[1]]
-    return values.reshape(-1)[place]

@@ -133,7 +133,7 @@ def without_batch(step: Step) -> Step:
     """The step whose tokens are counted as dropped."""
     if step.batch is None:
         return step
-    n_tokens = len(step.batch.row) if isinstance(step.batch, Packed) else int(step.batch.mask.sum())
+    n_tokens = step.batch.trained.n_tokens if isinstance(step.batch, Packed) else int(step.batch.mask.sum())
     return replace(step, batch=None, scalars=step.scalars | {"n_tokens": n_tokens, "dropped_tokens": n_tokens})
 
 

@@ -18,7 +18,9 @@ from collectors.encoding import read_rows, read_where
 from collectors.events import read_event
 from collectors.layout import EventFile, StepFile
 from collectors.ranks import merge_ranks
+from collectors.schema import TOKEN_SCHEMA
 from collectors.storage import Storage, open_storage
+from collectors.token_view import TokenView, pinned
 from collectors.views import PUBLIC, SCHEMAS, base_view, public_views, read_parquet
 
 _ATTEMPTS = 5  # at a consistent listing; the second one succeeds unless files were deleted by hand
@@ -53,7 +55,7 @@ class Run:
         self.files = RunFiles(())
         self._seen = False
         self._events: dict[str, bool] = {}  # name → its bytes are those that were written
-        self._of_one_step: duckdb.DuckDBPyConnection | None = None
+        self._tokens: TokenView | None = None
         self.refresh()
 
     @property
@@ -143,24 +145,18 @@ class Run:
             The columns of `tokens`, ordered by sequence and position.
         """
         self.refresh()
-        if self._of_one_step is None:
-            self._of_one_step = duckdb.connect(":memory:", config={"threads": 1})
-            for name in SCHEMAS:
-                self._of_one_step.register(f"rows_{name}", SCHEMAS[name].empty_table())
-                self._of_one_step.execute(base_view(name, f"rows_{name}"))
-            for statement in public_views(self.manifest, attempts=False, ranks=False):
-                self._of_one_step.execute(statement)
-            if self.files.names["vocabulary"]:
-                vocabulary = read_rows(self.storage.read(layout.VOCABULARY))
-                self._of_one_step.register("rows_vocabulary", vocabulary)
-        wanted = {"step": step, "attempt": self._latest_attempt(step)}
-        if sequence_id is not None:
-            wanted["sequence_id"] = sequence_id
+        if self._tokens is None:
+            known = self.files.names["vocabulary"]
+            self._tokens = TokenView(self.manifest, read_rows(self.storage.read(layout.VOCABULARY)) if known else None)
+        attempt = self._latest_attempt(step)
+        wanted = {"step": step} if sequence_id is None else {"step": step, "sequence_id": sequence_id}
+        found = [TOKEN_SCHEMA.empty_table()]
         for name in ("raw_tokens", "ring_tokens", "pinned_tokens"):
-            files = [f for f in self.files.steps[name] if f.first <= step <= f.last and f.attempt == wanted["attempt"]]
-            rows = [read_where(self.storage, f.name, wanted) for f in files]
-            self._of_one_step.register(f"rows_{name}", pa.concat_tables(rows) if rows else SCHEMAS[name].empty_table())
-        return self._of_one_step.sql("FROM tokens ORDER BY sequence_id, position").to_arrow_table()
+            for file in self.files.steps[name]:
+                if file.first <= step <= file.last and file.attempt == attempt:
+                    rows = read_where(self.storage, file.name, wanted)
+                    found.append(pinned(rows) if name == "pinned_tokens" else rows)
+        return self._tokens.of(pa.concat_tables(found))
 
     def _latest_attempt(self, step: int) -> int:
         files = sorted((f for f in self.files.rollup if f.first <= step <= f.last), key=lambda f: -f.attempt)
@@ -170,10 +166,8 @@ class Run:
         return files[-1].attempt if files else 0
 
     def close(self) -> None:
-        """Close the DuckDB connections."""
+        """Close the DuckDB connection."""
         self.connection.close()
-        if self._of_one_step is not None:
-            self._of_one_step.close()
 
     def __enter__(self) -> Run:
         return self

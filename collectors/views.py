@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from collectors.formulas import DERIVED, as_float, derivation
 from collectors.schema import (
     ALARM_SCHEMA,
     EVENT_SCHEMA,
@@ -17,7 +16,7 @@ from collectors.schema import (
     TOKEN_SCHEMA,
     VOCABULARY_SCHEMA,
 )
-from collectors.token_rows import COMPACT, MINIMAL
+from collectors.token_view import tokens_sql
 
 SCHEMAS = {
     "raw_rollup": ROLLUP_SCHEMA,
@@ -91,7 +90,7 @@ def public_views(manifest: dict[str, Any], *, attempts: bool, ranks: bool) -> li
         f"g.nonfinite FROM (SELECT step, rank, unnest(gradients) AS g FROM raw_rollup {latest})",
         f"{made} metrics AS SELECT step, m.name, m.value FROM (SELECT step, unnest(metrics) AS m FROM latest_rollup) "
         "WHERE m.name NOT LIKE 'alarm/%'",
-        _tokens_view(manifest, latest),
+        f"{made} tokens AS {tokens_sql(manifest, latest)}",
         f"{made} sequences AS {_sequences(latest)}",
         f"{made} evaluations AS SELECT step, substr(m.name, 7) AS signal, m.value AS score FROM "
         "(SELECT step, unnest(metrics) AS m FROM latest_rollup) WHERE m.name LIKE 'alarm/%'",
@@ -108,55 +107,6 @@ def _sequences(latest: str) -> str:
         f"SELECT * EXCLUDE (attempt) FROM (SELECT s.* REPLACE ({both}) FROM raw_sequences AS s "
         f"LEFT JOIN raw_texts AS t USING ({key})) {latest}"
     )
-
-
-def _tokens_view(manifest: dict[str, Any], latest: str) -> str:
-    found = derivation(manifest.get("objective") or {})
-    source = f"SELECT * FROM ({_stored_tokens(manifest)}) {latest}"
-    for stage in found.stages:
-        source = f"SELECT *, {', '.join(f'{sql} AS {name}' for name, sql in stage.items())} FROM ({source})"
-    if found.hazard and (manifest.get("store") or {}).get("columns") == MINIMAL:
-        source = f"SELECT * REPLACE (coalesce(hazard, {as_float(found.hazard)}) AS hazard) FROM ({source})"
-    multiplier = found.columns.get("gradient_multiplier")
-    if multiplier:
-        source = f"SELECT *, {multiplier} AS _multiplier FROM ({source})"
-        source = f"SELECT * REPLACE ({as_float('_multiplier')} AS gradient_multiplier) FROM ({source})"
-    columns = ", ".join(
-        f"{as_float(found.columns[n]) if n in found.columns else 'NULL::FLOAT'} AS {n}" for n in DERIVED[:4]
-    )
-    return f"""CREATE OR REPLACE TEMP VIEW tokens AS
-        SELECT step, sequence_id, position, token_id, token, logp_new, logp_old, logp_rollout, logp_ref, advantage,
-            entropy, log_ratio, hazard, {columns}, gradient_multiplier,
-            coalesce(logit_grad_norm, {as_float("CASE WHEN _weight = 0 THEN 0 ELSE _weight * _miss END")})
-            AS logit_grad_norm, kept_because
-        FROM ({_with_norm(source)}) LEFT JOIN vocabulary USING (token_id)"""
-
-
-def _with_norm(source: str) -> str:
-    """|A·M| and 1 − p, whose product is the token gradient norm where neither it nor Σp² was stored."""
-    # 1 − p by way of tanh keeps its digits for p near 1
-    miss = "CASE WHEN logp_new > 0 AND NOT isnan(logp_new) THEN 0 ELSE 2 * _half / (1 + _half) END"
-    return (
-        f"SELECT *, {miss} AS _miss FROM (SELECT *, tanh(-logp_new::DOUBLE / 2) AS _half, "
-        f"abs(advantage::DOUBLE * gradient_multiplier) AS _weight FROM ({source}))"
-    )
-
-
-def _stored_tokens(manifest: dict[str, Any]) -> str:
-    """The tokens with the sums and differences that the run's settings leave to be computed."""
-    store = manifest.get("store") or {}
-    replaced: dict[str, str] = {}
-    if store.get("precision") == COMPACT:
-        replaced |= {"logp_new": "(logp_old + log_ratio)", "logp_rollout": "(logp_old - mismatch)"}
-    elif store.get("columns") == MINIMAL:
-        replaced["log_ratio"] = "(logp_new - logp_old)"
-    else:
-        replaced["logp_new"] = "coalesce(logp_new, logp_old + log_ratio)"
-    every = (
-        "SELECT * FROM raw_tokens UNION ALL SELECT * FROM ring_tokens "
-        "UNION ALL SELECT * REPLACE ('pinned' AS kept_because) FROM pinned_tokens"
-    )
-    return f"SELECT * REPLACE ({', '.join(f'{sql} AS {name}' for name, sql in replaced.items())}) FROM ({every})"
 
 
 def _sql_type(arrow: pa.DataType) -> str:

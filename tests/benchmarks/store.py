@@ -41,7 +41,7 @@ SMALL_FILES, TOKENS_OF_A_SMALL_FILE = 10_000, 400
 _OBJECTIVE = objectives.create("mhpo")
 _DERIVED = frozenset(derivation({"name": "mhpo", "hyperparameters": _OBJECTIVE.hyperparameters()}).columns)
 _EVERYTHING = TokenPolicy(ALL, 0, 0)
-Ways = dict[str, Callable[[], Any]]
+Ways = dict[str, Callable[..., Any]]
 
 
 def run() -> Iterator[str]:
@@ -190,16 +190,18 @@ def _reading(packed: Packed, measured: StepTelemetry, folder: Path) -> Iterator[
     total = STEPS_OF_A_LONG_RUN * TOKENS
     ours, plain = folder / "ours", folder / "plain"
     _write_long_run(packed, measured, ours, plain)
-    step, sequence = STEPS_OF_A_LONG_RUN // 2, STEPS_OF_A_LONG_RUN // 2 * len(packed.length) + 17
     with duckdb.connect() as plainly, open_run(ours) as opened:
         plainly.execute("SET threads = 2")
         opened.connection.execute("SET threads = 2")
         files = f"read_parquet('{plain}/*.parquet')"
         one: Ways = {
-            "ours": lambda: opened.tokens_of(step, sequence),
-            "plain": lambda: plainly.execute(f"FROM {files} WHERE step = {step} AND sequence_id = 17").fetchnumpy(),
+            "ours": lambda step, row: opened.tokens_of(step, step * len(packed.length) + row),
+            "plain": lambda step, row: plainly.execute(
+                f"FROM {files} WHERE step = {step} AND sequence_id = {row}"
+            ).fetchnumpy(),
         }
-        yield from _timed(f"one completion of {total:,} tokens", one, 9)
+        drawn = np.random.default_rng(0).integers(0, (STEPS_OF_A_LONG_RUN, len(packed.length)), (26, 2)).tolist()
+        yield from _timed(f"one completion of {total:,} tokens, another one each time", one, drawn)
         exact = "SELECT step, quantile_cont(log_ratio, [0.0001, 0.01, 0.5, 0.99, 0.9999]) FROM tokens GROUP BY step"
         stored = "SELECT step, log_ratio_p0001, log_ratio_p01, log_ratio_p50, log_ratio_p99, log_ratio_p9999 FROM steps"
         quantiles: Ways = {
@@ -207,7 +209,7 @@ def _reading(packed: Packed, measured: StepTelemetry, folder: Path) -> Iterator[
             "plain": lambda: opened.sql(exact).fetchall(),
         }
         yield from _timed(
-            f"quantiles of every step, {total:,} tokens: rollup against exact sort in DuckDB", quantiles, 3
+            f"quantiles of every step, {total:,} tokens: rollup against exact sort in DuckDB", quantiles, [()] * 3
         )
     shutil.rmtree(plain)
 
@@ -235,12 +237,13 @@ def _write_long_run(packed: Packed, measured: StepTelemetry, ours: Path, plain: 
             storage.write(f"{table}/{layout.SEALED}/{name}", data, fsync=False)
 
 
-def _timed(title: str, ways: Ways, rounds: int) -> Iterator[str]:
+def _timed(title: str, ways: Ways, rounds: list[Any]) -> Iterator[str]:
+    """Medians of the rounds, each with the arguments given for it."""
     wall: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for arguments in rounds:
         for name, way in ways.items():
             started = time.perf_counter()
-            way()
+            way(*arguments)
             wall[name].append(time.perf_counter() - started)
     ours, plain = (float(np.median(wall[name])) * 1e3 for name in ("ours", "plain"))
     yield f"- {title}: {ours:,.1f} ms against {plain:,.0f} ms wall, 1/{plain / ours:.1f}"
