@@ -119,15 +119,16 @@ class _Import:
         """Write aside, then rename: nobody sees half of it."""
         if self._target.exists():
             raise StoreError(f"import: {self._target} exists and is no run. Give another --name or --out.")
-        aside = self._target.with_name(f".{self._target.name}.{os.getpid()}.importing")
+        folder = self._target.with_name(f".{self._target.name}.{os.getpid()}.importing")
+        aside = folder / self._target.name  # a run is called like its folder
         try:
-            aside.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self._write(aside, self._records(), 0)
             if not self._done.steps:
                 raise StoreError(f"import: {self._sources()} holds no step. Was it the right file?")
             os.rename(aside, self._target)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         return self._finished()
 
     def append(self) -> Imported:

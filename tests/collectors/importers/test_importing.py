@@ -17,6 +17,7 @@ import pytest
 
 from app.cli import main
 from collectors import open_run, store
+from collectors.alarms import check
 from collectors.importers import FORMATS, import_run
 from collectors.importers.merging import merged
 from collectors.importers.mhpo_run import copy_run
@@ -260,3 +261,18 @@ def test_what_an_earlier_import_gave_still_counts_and_the_run_keeps_it(tmp_path)
             (d.name, d.missing, d.how) for d in first.diagnostics
         ]
         assert (told["framework"], told["formats"]) == ("trl", ["trl-state"])
+
+
+def test_an_imported_run_is_called_like_its_folder_and_has_its_alarms(tmp_path):
+    """Metrics alone are enough for an alarm; it is found while the log is imported, and again by a check."""
+    rows = [{"step": s, "grad_norm": (1 + 0.1 * (s % 3)) * (500 if s >= 20 else 1)} for s in range(30)]
+    source = tmp_path / "history.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = import_run([source], tmp_path / "runs", name="mine")
+    with open_run(done.path) as run:
+        assert run.manifest["run_id"] == "mine"
+        stored = run.sql("SELECT id, severity, step, onset_step FROM alarms").fetchall()
+        found, _ = check(run)
+    assert stored == [(a.id, a.severity, a.step, a.onset_step) for a in found]
+    assert ("gradient-explosion@22", "critical", 22, 20) in stored
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["mine"]
