@@ -31,6 +31,12 @@ def alarm_file(storage: Storage, alarm: Alarm, attempt: int, rank: int = 0) -> t
     return f"{layout.ALARMS}/{layout.event_name(number, rank, data)}", data
 
 
+def stored_ids(storage: Storage) -> set[tuple[str, int]]:
+    """Id and attempt of every stored alarm."""
+    rows = (read_event(storage, file) for file in layout.list_events(storage, folder=layout.ALARMS))
+    return {(row["id"], row["attempt"]) for row in rows if row is not None}
+
+
 def newest_critical(storage: Storage) -> dict[str, Any] | None:
     """The newest critical alarm that is stored, its step, mode and message; None where there is none."""
     for file in reversed(layout.list_events(storage, folder=layout.ALARMS)[-_LOOKED_AT:]):

@@ -24,6 +24,9 @@ _LOG = logging.getLogger(__name__)
 PREFIX = "alarm/"
 _LEVELS = {"": 0.0, "warning": 1.0, "critical": 2.0}
 _COLUMNS = tuple(name for name in METRICS if name in NAMES)
+COLUMNS = ("step", *_COLUMNS, "metrics", "gradients")
+"""Of a row of rollup that a summary needs."""
+
 _BATCH = 4096
 
 
@@ -51,7 +54,7 @@ def summaries_of(run: Run, before: int | None = None, after: int = -1) -> Iterat
         before: only earlier steps.
         after: only later ones.
     """
-    names = ", ".join(("step", *_COLUMNS, "metrics", "gradients"))
+    names = ", ".join(COLUMNS)
     where = f"WHERE step > {int(after)}" + ("" if before is None else f" AND step < {int(before)}")
     found = run.sql(f"SELECT {names} FROM latest_rollup {where} ORDER BY step")
     for batch in found.to_arrow_reader(_BATCH):
@@ -106,7 +109,7 @@ class LiveAlarms:
             for s in self._past(key.step):
                 self._engine.observe(s.step, s.scalars, s.layers)
         self._last_step = key.step
-        row = {name: rollup[name][0].as_py() for name in ("step", *_COLUMNS, "metrics", "gradients")}
+        row = {name: rollup[name][0].as_py() for name in COLUMNS}
         summary = summary_of(row)
         found = self._engine.observe(summary.step, summary.scalars, summary.layers)
         for alarm in found.alarms:

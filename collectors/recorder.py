@@ -26,6 +26,7 @@ from collectors.packing import Packed, pack
 from collectors.pipeline import Pipeline
 from collectors.policy import TokenPolicy, parse_bytes
 from collectors.prepared import Step
+from collectors.rank_alarms import RankAlarms
 from collectors.reader import open_run
 from collectors.retention import PIN_AFTER
 from collectors.schema import StepKey
@@ -76,9 +77,9 @@ class Recorder:
         rank, world_size: of this process; default: those of torchrun (RANK, WORLD_SIZE), else one rank. Ranks write
             side by side, each through a recorder of its own; readers merge them.
         launch: name of this start of the job, the same on all ranks; default: torchrun's or Slurm's, or found out.
-        alarms: thresholds of the alarm engine, which watches a run of one rank; None = nobody watches. `mhpo check`
-            finds the same alarms afterwards, for any number of ranks.
-        on_alarm: called with each alarm, in a thread of the recorder.
+        alarms: thresholds of the alarm engine, which watches the run, all ranks of it from rank 0; None = nobody
+            watches. `mhpo check` finds the same alarms afterwards.
+        on_alarm: called with each alarm, on rank 0, in a thread of the recorder.
         by_segment: commit up to 256 steps at a time, for what is not live: a tenth of the work, and none of the steps
             since the last commit survives the process.
 
@@ -143,6 +144,10 @@ class Recorder:
                 tell=on_alarm or _tell_nobody,
             )
         self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait", alarms=watch)
+        self._rank_alarms = None
+        if alarms is not None and self.world_size > 1 and self.rank == 0:
+            updates = updates_of(self._store.manifest)
+            self._rank_alarms = RankAlarms(storage, alarms, updates, self._keep_alarm, on_alarm or _tell_nobody)
         self._closed = False
         atexit.register(self.close, "stopped", "the process exited without closing the recorder")
         self._say_how_it_starts(what)
@@ -155,6 +160,9 @@ class Recorder:
         rank = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
         self.event("resumed" if resumed else "started", f"pid {os.getpid()} on {socket.gethostname()}{rank}")
         _LOG.info("Recorder: %s", self.describe())
+
+    def _keep_alarm(self, alarm: Alarm, attempt: int) -> None:
+        self._pipeline.call(lambda: self._store.alarm(alarm, attempt))
 
     def _past(self, before: int) -> Iterator[Summary]:
         """What is stored of the steps before one; asked by the thread that measures."""
@@ -282,7 +290,11 @@ class Recorder:
         atexit.unregister(self.close)
         if kind == "failed":
             self.pin(detail or "the run failed")
+        if self._rank_alarms is not None:
+            self._rank_alarms.stop()
         self._pipeline.close(kind, detail)
+        if self._rank_alarms is not None:
+            self._rank_alarms.finish(self._store.alarm)
         self._store.close()
 
     def __enter__(self) -> Recorder:

@@ -45,7 +45,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Alarm]
     return path, record_all(path)
 
 
-def told(alarm: Alarm) -> str:
+def told_text(alarm: Alarm) -> str:
     return json.dumps(alarm.to_dict(), sort_keys=True)
 
 
@@ -55,7 +55,7 @@ def test_live_and_afterwards_the_same_alarms(watched: tuple[Path, list[Alarm]]) 
     with open_run(path) as run:
         again, engine = alarms.check(run)
         stored = rows(run, "SELECT id, rule, mode, severity, step, onset_step, message FROM alarms")
-    assert [told(a) for a in again] == [told(a) for a in live]
+    assert [told_text(a) for a in again] == [told_text(a) for a in live]
     assert stored == [(a.id, a.rule, a.mode, a.severity, a.step, a.onset_step, a.message) for a in live]
     assert "mismatch_largest" not in engine.missing
     first = next(a for a in live if a.rule == "gradient-explosion")
@@ -79,7 +79,7 @@ def test_the_same_across_a_restart_and_a_rewind(tmp_path: Path, watched: tuple[P
     with open_run(tmp_path / "pieces") as run:
         again, _ = alarms.check(run)
         stored = column(run, "SELECT id FROM alarms")
-    assert [told(a) for a in again] == [told(a) for a in whole]
+    assert [told_text(a) for a in again] == [told_text(a) for a in whole]
     assert stored == [a.id for a in whole]
     assert len(pieces) > len(whole), "what the steps that were given up had raised was told too"
 
@@ -133,3 +133,32 @@ def test_alarms_are_damaged_files_like_any_other(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run:
         assert column(run, "SELECT id FROM alarms") == [a.id for a in raised[1:]]
         assert run.damaged == (f"alarms/{file.name}",)
+
+
+def test_two_ranks_are_watched_from_rank_0(tmp_path: Path) -> None:
+    told: list[Alarm] = []
+    options = {"world_size": 2, "launch": "one"}
+    with new_recorder(tmp_path / "run", rank=0, on_alarm=told.append, **options) as first:
+        with new_recorder(tmp_path / "run", rank=1, **options) as second:
+            for step in range(STEPS):
+                for writer in (first, second):
+                    record(writer, step)
+        assert first.flush(30)
+    with open_run(tmp_path / "run") as run:
+        again, _ = alarms.check(run)
+        stored = column(run, "SELECT id FROM alarms")
+    assert again and stored == [a.id for a in again] == [a.id for a in told]
+    assert [told_text(a) for a in again] == [told_text(a) for a in told]
+
+
+def test_a_step_waits_for_a_rank_that_is_behind(tmp_path: Path) -> None:
+    options = {"world_size": 2, "launch": "one"}
+    with new_recorder(tmp_path / "run", rank=0, **options) as first:
+        for step in range(8):
+            record(first, step)
+    assert first._rank_alarms is not None and first._rank_alarms._last == -1
+    with new_recorder(tmp_path / "run", rank=1, **options) as second:
+        for step in range(6):
+            record(second, step)
+    first._rank_alarms._poll()
+    assert first._rank_alarms._last == 5
