@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from collectors.alarm_files import alarm_file
 from collectors.reader import Run
 from collectors.schema import TRAINER_METRIC, StepKey
 from mhpo_core.alarms import Alarm, AlarmEngine, Evaluation, Settings
 from mhpo_core.alarms.readings import NAMES
+from mhpo_core.alarms.tail import pareto_k
 from mhpo_core.metrics import METRICS
 
 _LOG = logging.getLogger(__name__)
@@ -24,7 +27,8 @@ _LOG = logging.getLogger(__name__)
 PREFIX = "alarm/"
 _LEVELS = {"": 0.0, "warning": 1.0, "critical": 2.0}
 _COLUMNS = tuple(name for name in METRICS if name in NAMES)
-COLUMNS = ("step", *_COLUMNS, "metrics", "gradients")
+_RATIO = "log_ratio"
+COLUMNS = ("step", *_COLUMNS, "metrics", "gradients", "histograms")
 """Of a row of rollup that a summary needs."""
 
 _BATCH = 4096
@@ -44,7 +48,17 @@ def summary_of(row: dict[str, Any]) -> Summary:
     metrics = {m["name"]: m["value"] for m in row["metrics"] or [] if not m["name"].startswith(PREFIX)}
     layers = {g["parameter"]: g["grad_norm"] for g in row["gradients"] or [] if g["grad_norm"] is not None}
     columns = {name: row[name] for name in _COLUMNS if row[name] is not None}
-    return Summary(row["step"], metrics | columns, layers)
+    shape = _tail_shape([h for h in row["histograms"] or [] if h["quantity"] == _RATIO])
+    return Summary(row["step"], metrics | columns | ({} if shape is None else {"k_hat": shape}), layers)
+
+
+def _tail_shape(histogram: list[dict[str, Any]]) -> float | None:
+    """k̂ of the importance ratios, all signs of the advantage together."""
+    low, high = ([h[edge] for h in histogram] for edge in ("bin_low", "bin_high"))
+    edges, place = np.unique(np.array([low, high], dtype=np.float64), axis=1, return_inverse=True)
+    count = np.zeros(edges.shape[1])
+    np.add.at(count, place.ravel(), [h["count"] for h in histogram])
+    return pareto_k(edges[0], edges[1], count)
 
 
 def summaries_of(run: Run, before: int | None = None, after: int = -1) -> Iterator[Summary]:
@@ -54,7 +68,9 @@ def summaries_of(run: Run, before: int | None = None, after: int = -1) -> Iterat
         before: only earlier steps.
         after: only later ones.
     """
-    names = ", ".join(COLUMNS)
+    # of the histograms only one is needed, and they are most of a row
+    names = ", ".join(name for name in COLUMNS if name != "histograms")
+    names += f", list_filter(histograms, lambda h: h.quantity = '{_RATIO}') AS histograms"
     where = f"WHERE step > {int(after)}" + ("" if before is None else f" AND step < {int(before)}")
     found = run.sql(f"SELECT {names} FROM latest_rollup {where} ORDER BY step")
     for batch in found.to_arrow_reader(_BATCH):
@@ -109,7 +125,9 @@ class LiveAlarms:
             for s in self._past(key.step):
                 self._engine.observe(s.step, s.scalars, s.layers)
         self._last_step = key.step
-        row = {name: rollup[name][0].as_py() for name in COLUMNS}
+        row = {name: rollup[name][0].as_py() for name in COLUMNS if name != "histograms"}
+        histograms = rollup["histograms"].combine_chunks().flatten()
+        row["histograms"] = histograms.filter(pc.equal(histograms.field("quantity"), _RATIO)).to_pylist()
         summary = summary_of(row)
         found = self._engine.observe(summary.step, summary.scalars, summary.layers)
         for alarm in found.alarms:

@@ -14,6 +14,7 @@ from collectors.intake import sequence_sums
 from collectors.packing import Packed, measure_packed, pack, without_ratio
 from collectors.policy import TokenPolicy
 from collectors.ranks import parts_of
+from collectors.repetition import REPETITION, repetition
 from collectors.schema import StepKey, StepScalars, rollup_table
 from collectors.store import Rows, without_tokens
 from collectors.token_rows import StepRows, TokenColumns, sequence_table, step_rows
@@ -93,7 +94,10 @@ def prepare(
     else:
         scalars["dropped_tokens"] = scalars["n_tokens"]
     parts = parts_of(telemetry.accumulated, sequence_sums(step.sequences)) if world_size > 1 else None
-    rollup = rollup_table(step.key, given, scalars, telemetry.histograms, step.trainer, parts)
+    repeated = repetition(packed)
+    own = {} if repeated is None else {REPETITION: repeated}
+    trainer = replace(step.trainer, metrics={**step.trainer.metrics, **own})
+    rollup = rollup_table(step.key, given, scalars, telemetry.histograms, trainer, parts)
     return Ready(step.key, _tables(rows), rollup, _incident(step, scalars))
 
 

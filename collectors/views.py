@@ -89,7 +89,7 @@ def public_views(manifest: dict[str, Any], *, attempts: bool, ranks: bool) -> li
         f"{made} gradients AS SELECT step, rank, g.parameter, g.grad_norm, g.weight_norm, "
         f"g.nonfinite FROM (SELECT step, rank, unnest(gradients) AS g FROM raw_rollup {latest})",
         f"{made} metrics AS SELECT step, m.name, m.value FROM (SELECT step, unnest(metrics) AS m FROM latest_rollup) "
-        "WHERE m.name NOT LIKE 'alarm/%'",
+        "WHERE m.name NOT LIKE 'alarm/%' AND m.name NOT LIKE 'mhpo/%'",
         f"{made} tokens AS {tokens_sql(manifest, latest)}",
         f"{made} sequences AS {_sequences(latest)}",
         f"{made} evaluations AS SELECT step, substr(m.name, 7) AS signal, m.value AS score FROM "

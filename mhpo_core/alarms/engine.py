@@ -129,11 +129,14 @@ class AlarmEngine:
             scalars: columns of `steps` and the trainer's metrics; NaN and ±Inf are values, None and absence are none.
             layers: parameter group → gradient norm, to say which of them rose.
         """
+        for name, norm in (layers or {}).items():
+            self._layers.setdefault(name, deque(maxlen=self.settings.window)).append(norm)
+        factors = [f for name in layers or {} if math.isfinite(f := self._layer_factor(name)[1])]
+        if factors:
+            scalars = {**scalars, "layer_gradient": max(factors)}
         state, readings = self._state, readings_of(scalars)
         state.remember(step, readings)
         self._steps.append(step)
-        for name, norm in (layers or {}).items():
-            self._layers.setdefault(name, deque(maxlen=self.settings.window)).append(norm)
         if "reward" in readings:
             state.reward.observe(readings["reward"])
         self._detect(step, readings)
@@ -218,13 +221,18 @@ class AlarmEngine:
         """Parameter groups whose gradient norm stands out from its own past most, or is not finite."""
         found: list[dict[str, Any]] = []
         for name, norms in self._layers.items():
-            before = [v for v in list(norms)[:-1] if math.isfinite(v)]
-            usual = median(before) if before else math.nan
-            factor = norms[-1] / usual if usual > 0 else math.nan
+            usual, factor = self._layer_factor(name)
             if not math.isfinite(norms[-1]) or factor >= _LAYER_FACTOR:
                 found.append({"layer": name, "grad_norm": norms[-1], "usual": usual, "factor": factor})
         found.sort(key=lambda row: -row["factor"] if math.isfinite(row["factor"]) else -math.inf)
         return found[:_LAYERS]
+
+    def _layer_factor(self, name: str) -> tuple[float, float]:
+        """Median of the norms before, and the newest one over it; NaN where there is none."""
+        norms = list(self._layers[name])
+        before = [v for v in norms[:-1] if math.isfinite(v)]
+        usual = median(before) if before else math.nan
+        return usual, norms[-1] / usual if usual > 0 else math.nan
 
     def _usual(self, name: str) -> float:
         return self._state.typical(SIGNALS[name].reading, self.settings.window)

@@ -218,12 +218,12 @@ def mode_of(signs: Sequence[Sign], lr_jumped: bool) -> str:
     names, families = {s.signal for s in signs}, {s.family for s in signs}
     if "mismatch" in families:
         return "engine-mismatch"
-    if lr_jumped and families & {"ratio", "concentration", "gradient", "divergence"}:
-        return "learning-rate"
-    if names & {"truncation", "length_growth"}:
-        return "length-blow-up"
     if "true_reward_fall" in names and "reward_fall" not in names:
         return "reward-hacking"
+    if lr_jumped and families & {"ratio", "concentration", "gradient", "divergence"}:
+        return "learning-rate"
+    if names & {"truncation", "length_growth", "repetition"}:
+        return "length-blow-up"
     if "entropy_fall" in names:
         return "mode-collapse"
     if "contraction" in names and "entropy_rise" in names:

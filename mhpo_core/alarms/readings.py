@@ -109,6 +109,13 @@ READINGS: dict[str, Reading] = {
     "log_ratio_extreme": Reading(of=_largest, parts=("log_ratio_min", "log_ratio_max"), how=_RATIO),
     "contraction": Reading(of=_negative, parts=("log_ratio_p001_adv_neg",), how=_RATIO),
     "expansion": Reading(("log_ratio_p999_adv_pos",), how=_RATIO),
+    "k_hat": Reading(("k_hat",), how=_RATIO),
+    "clip_low": Reading(("clip_fraction_low", "clip_ratio/low_mean", "clip_low"), how=_RATIO),
+    "clip_high": Reading(("clip_fraction_high", "clip_ratio/high_mean", "clip_high"), how=_RATIO),
+    "layer_gradient": Reading(("layer_gradient",), how="record gradient_norms, by layer"),
+    "repetition": Reading(
+        ("mhpo/repetition_fraction", "repetition", "repetition_rate"), how="record token_id of every token"
+    ),
     "ess": Reading(("ess_fraction",), how=_RATIO),
     "hazard": Reading(("hazard_mean",), how="train with an objective that has a hazard (mhpo)"),
     "restoring_lost": Reading(("restoring_lost_fraction",), how=_RATIO),

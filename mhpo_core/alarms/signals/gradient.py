@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhpo_core.alarms.signals.base import Family, Signal, log_unless_zero
+from mhpo_core.alarms.signals.base import Family, Signal, log_from, log_unless_zero
 
 _NAME = "gradient"
 FAMILY = Family(
@@ -19,6 +19,16 @@ FAMILY = Family(
             floor=0.5,
             healthy="isolated spikes are common and harmless; a trend on a log scale is not",
             source="TRL issue 2980; 24 % of healthy public runs pass ten times the median",
+        ),
+        Signal(
+            "layer_gradient",
+            _NAME,
+            "gradient norm of the layer that stands out most, against its own median",
+            "layer_gradient",
+            scale=log_from(0.1),
+            floor=0.5,
+            healthy="below 3; one layer far above the others' factor shows where it begins",
+            source="norms per parameter group, before clipping",
         ),
     ),
 )

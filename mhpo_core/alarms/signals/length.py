@@ -41,5 +41,15 @@ FAMILY = Family(
             healthy="below 0.3, or high from the first step on",
             source="65 % of healthy public runs pass 0.3",
         ),
+        Signal(
+            "repetition",
+            _NAME,
+            "tokens that repeat four in a row which the completion had before",
+            "repetition",
+            scale=linear,
+            floor=0.05,
+            healthy="steady; loops grow just before completions are cut off",
+            source="MiniMax-M1 stops such completions, arXiv 2506.13585",
+        ),
     ),
 )

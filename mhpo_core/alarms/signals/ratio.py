@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhpo_core.alarms.signals.base import Family, Signal, log_from
+from mhpo_core.alarms.signals.base import Family, Signal, linear, log_from
 
 _NAME = "ratio"
 FAMILY = Family(
@@ -64,6 +64,39 @@ FAMILY = Family(
             lagged=True,
             healthy="steady: it follows from the ratios",
             source="arXiv 2603.16929",
+        ),
+        Signal(
+            "k_hat",
+            _NAME,
+            "shape of the ratios' upper tail, Pareto k̂",
+            "k_hat",
+            scale=linear,
+            floor=0.15,
+            lagged=True,
+            healthy="below 0.7; above, the mean of the batch says little, above 1 nothing",
+            source="Vehtari et al., arXiv 1507.02646",
+        ),
+        Signal(
+            "clip_low",
+            _NAME,
+            "tokens that the lower bound stops",
+            "clip_low",
+            scale=log_from(1e-4),
+            floor=0.5,
+            lagged=True,
+            healthy="steady; rising against the other side it tells of contraction",
+            source="DAPO, arXiv 2503.14476",
+        ),
+        Signal(
+            "clip_high",
+            _NAME,
+            "tokens that the upper bound stops",
+            "clip_high",
+            scale=log_from(1e-4),
+            floor=0.5,
+            lagged=True,
+            healthy="steady",
+            source="DAPO, arXiv 2503.14476",
         ),
         Signal(
             "clip_fraction",
