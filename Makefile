@@ -5,6 +5,7 @@
 #   make test-trl TRL=1.9.2   the tests of the TRL adapter with another version of TRL
 #   make test-verl            the tests of the verl adapter, with verl in a folder of its own (300 MB)
 #   make lint   ruff, mypy                                   make bench       measurements, printed as tables
+#   make bench-alarms RUNS=folder   alarm engines on labelled runs   WRITE=real or induced keeps the figures
 #
 # PIP_ARGS is passed to pip. On Linux without a GPU, PyTorch's own index has a build without CUDA:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -16,13 +17,14 @@ PRESET ?= demo
 HEADLESS ?=
 PIP_ARGS ?=
 TRL ?= 1.16.0
+WRITE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-slow test-trl test-verl lint bench clean
+.PHONY: demo test test-slow test-trl test-verl lint bench bench-alarms clean
 
 demo: $(RUN_STAMP)
 	@exec $(BIN)/mhpo demo --preset $(PRESET) --out "$(RUNS)" --port $(PORT) $(if $(filter-out 0,$(HEADLESS)),--headless)
@@ -55,6 +57,10 @@ lint: $(TEST_STAMP)
 bench: $(TEST_STAMP)
 	$(BIN)/python -m tests.e2e.browser
 	$(BIN)/python -m tests.benchmarks
+
+# other tools' code is used where it is in the folder that the table names
+bench-alarms: $(TEST_STAMP)
+	PYTHONPATH=$(VENV)/alarm-peers OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.alarms "$(RUNS)" $(if $(WRITE),--write $(WRITE))
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
