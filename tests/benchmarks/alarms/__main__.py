@@ -44,25 +44,30 @@ def measure(runs: Sequence[LabelledRun]) -> dict[str, dict[str, list[int]]]:
 
 def report(runs: Sequence[LabelledRun], scores: dict[str, Score], raised: dict[str, dict[str, list[int]]]) -> list[str]:
     """The tables, as Markdown."""
-    count = {label: sum(run.label == label for run in runs) for label in (COLLAPSED, HEALTHY)}
-    rows = sum(len(run.rows) for run in runs)
-    by = {label: logged_by(runs, label) for label in count}
+    by = {label: logged_by(runs, label) for label in (COLLAPSED, HEALTHY)}
     logged = {name: f"{n} collapsed, {by[HEALTHY][name]} healthy" for name, n in by[COLLAPSED].items()}
     missing = {peer.package: peer.install for peer in PEERS if peer.missing}
+    rows = sum(len(run.rows) for run in runs)
     lines = [
-        f"{count[COLLAPSED]} collapsed and {count[HEALTHY]} healthy runs, {rows:,} rows, {date.today()}.",
+        f"{_described(runs, COLLAPSED)}, {_described(runs, HEALTHY)}; {rows:,} rows. Measured {date.today()}.",
         "",
         *table(scores, logged, missing),
     ]
     found = {name: courses(runs, alarms) for name, alarms in raised.items()}
     if found.get(OURS):
         lines += ["", *course_table(found), "", f"Each of them, {OURS}:", "", *run_table(found[OURS])]
-    if scores[OURS].missed:
+    elif scores[OURS].missed:
         lines += ["", f"{OURS} misses {', '.join(scores[OURS].missed)}."]
     return lines
 
 
-def write(name: str, lines: Sequence[str], scores: dict[str, Score]) -> None:
+def _described(runs: Sequence[LabelledRun], label: str) -> str:
+    chosen = [run for run in runs if run.label == label]
+    repositories = {run.repository for run in chosen if run.repository}
+    return f"{len(chosen)} {label} runs" + (f" from {len(repositories)} repositories" if repositories else "")
+
+
+def write(name: str, lines: Sequence[str], rules: list[dict[str, Any]]) -> None:
     """Put the tables into the guide, between the marks of their name, and the figures into the app.
 
     Raises:
@@ -75,8 +80,8 @@ def write(name: str, lines: Sequence[str], scores: dict[str, Score]) -> None:
     head, tail = text.split(begin)[0], text.split(end)[1]
     GUIDE.write_text(head + begin + "\n" + "\n".join(lines) + "\n\n" + end + tail)
     known: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    known[name] = {"date": str(date.today()), "data": DATA[name], "rules": records(scores)}
-    FIGURES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    known[name] = {"date": str(date.today()), "data": DATA[name], "rules": rules}
+    FIGURES.write_text(json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def main() -> int:
@@ -95,7 +100,7 @@ def main() -> int:
         lines = report(runs, scores, raised)
         print("\n".join(lines))
         if args.write:
-            write(args.write, lines, scores)
+            write(args.write, lines, records(scores, {name: courses(runs, found) for name, found in raised.items()}))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class LabelledRun:
         fault_step: first step on which a cause acts that was put there on purpose.
         store: run folder with token data.
         table: whether the rows come from a table of their own, so that `store` is a second source.
+        repository: that it was found in.
     """
 
     id: str
@@ -72,6 +73,7 @@ class LabelledRun:
     fault_step: float | None = None
     store: Path | None = None
     table: bool = True
+    repository: str | None = None
 
     def row_of(self, step: float) -> int:
         """The row of a step, or the first after it."""
@@ -104,7 +106,8 @@ def _run(folder: Path, entry: Mapping[str, Any]) -> LabelledRun:
             "are a Parquet table or a run folder. Put it there."
         )
     steps, rows = _of_table(table) if table else _of_store(store)
-    run = LabelledRun(entry["id"], entry["label"], steps, rows, store=store, table=table is not None)
+    repository = entry.get("source", {}).get("repo")
+    run = LabelledRun(entry["id"], entry["label"], steps, rows, None, None, None, store, table is not None, repository)
     if run.label == HEALTHY:
         return run
     if entry.get("onset_step") is None:
@@ -112,12 +115,9 @@ def _run(folder: Path, entry: Mapping[str, Any]) -> LabelledRun:
             f"bench-alarms: the collapsed run {entry['id']!r} has no onset_step, allowed is the first step of its "
             "failure. Add it to the manifest."
         )
-    onset = float(entry["onset_step"])
-    row = entry.get("onset_row")
-    return LabelledRun(
-        run.id, run.label, steps, rows, run.row_of(onset) if row is None else int(row), onset, entry.get("fault_step"),
-        store, run.table,
-    )  # fmt: skip
+    onset, row = float(entry["onset_step"]), entry.get("onset_row")
+    row = run.row_of(onset) if row is None else int(row)
+    return replace(run, onset_row=row, onset_step=onset, fault_step=entry.get("fault_step"))
 
 
 def _of_table(path: Path) -> tuple[NDArray[np.float64], list[dict[str, float]]]:

@@ -66,29 +66,53 @@ def run_table(courses: Sequence[Course]) -> list[str]:
     """One row per collapse with a known fault, of one engine."""
     lines = ["| run | fault | alarm | onset | alarm → onset |", "|---|---|---|---|---|"]
     for c in courses:
-        share = "" if c.lead is None else f"{c.lead:g} steps, {c.lead_percent:.0f} %"
+        share = "" if c.lead is None else f"{c.lead:g} steps, {round(c.lead_percent or 0)} %"
         lines.append(f"| {c.run} | {c.fault:g} | {_number(c.alarm)} | {c.onset:g} | {share} |")
     return lines
 
 
-def records(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
-    """The same figures for a program; None where there is nothing to measure."""
+def records(scores: Mapping[str, Score], courses: Mapping[str, Sequence[Course]]) -> list[dict[str, Any]]:
+    """The same figures for a program; None where there is nothing to measure. Shares and intervals are in percent."""
     return [
         {
             "rule": name,
             "detected": s.detected,
             "collapsed": s.collapsed,
-            "detected_interval": wilson(s.detected, s.collapsed),
+            "detected_interval": _rounded(*wilson(s.detected, s.collapsed)),
             "early": s.early,
             "median_lead_steps": s.median_lead,
-            "chance": s.chance_percent,
+            "chance": _rounded(s.chance_percent)[0],
             "healthy_alarmed": s.healthy_alarmed,
             "healthy": s.healthy,
-            "healthy_interval": wilson(s.healthy_alarmed, s.healthy),
-            "false_alarms_per_1000_rows": s.false_alarms_per_1000,
+            "healthy_interval": _rounded(*wilson(s.healthy_alarmed, s.healthy)),
+            "false_alarms_per_1000_rows": _rounded(s.false_alarms_per_1000)[0],
+            "after_fault": _after_fault(courses.get(name, ())),
         }
         for name, s in scores.items()
     ]
+
+
+def _after_fault(courses: Sequence[Course]) -> dict[str, Any] | None:
+    if not courses:
+        return None
+    caught = [c for c in courses if c.alarm is not None]
+    return {
+        "collapsed": len(courses),
+        "alarmed": len(caught),
+        "alarmed_before": sum(c.before for c in courses),
+        "median_delay_steps": _median([c.delay for c in caught]),
+        "median_lead_steps": _median([c.lead for c in caught]),
+        "median_lead": _rounded(_median([c.lead_percent for c in caught]))[0],
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return median(known) if known else None
+
+
+def _rounded(*values: float | None) -> list[float | None]:
+    return [None if v is None else round(v, 2) for v in values]
 
 
 def _interval(part: int, whole: int) -> str:
@@ -106,4 +130,4 @@ def _spread(values: Sequence[float | None], unit: str = "") -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "–"
-    return f"{median(known):.0f}{unit} ({min(known):.0f} to {max(known):.0f})"
+    return f"{round(median(known))}{unit} ({round(min(known))} to {round(max(known))})"

@@ -21,6 +21,7 @@ from tests.benchmarks.alarms.ours import OURS, WITHOUT_TOKENS, ours
 from tests.benchmarks.alarms.peers import PEERS, Peer
 from tests.benchmarks.alarms.rules import TYPICAL_UNION, threshold_rules
 from tests.benchmarks.alarms.score import Score, courses, score, wilson
+from tests.benchmarks.alarms.table import records
 
 MHPO = objectives.create("mhpo")
 
@@ -102,6 +103,11 @@ def test_the_course_of_a_collapse_with_a_known_fault():
     (late,) = courses([run], {"r": [83]})
     assert (late.before, late.alarm, late.lead) == (False, None, None)
     assert courses([made_up(rows)], {}) == []
+    (record,) = records({OURS: score([run], {})}, {OURS: [early, late]})
+    assert record["after_fault"] == {
+        "collapsed": 2, "alarmed": 1, "alarmed_before": 1, "median_delay_steps": 20.0, "median_lead_steps": 100.0,
+        "median_lead": 62.5,
+    }  # fmt: skip
 
 
 def test_a_table_keeps_nan_and_leaves_null_out(tmp_path: Path):
@@ -205,13 +211,13 @@ def test_figures_are_written_where_they_are_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(bench, "GUIDE", guide)
     monkeypatch.setattr(bench, "FIGURES", figures)
     runs = list(load(folder(tmp_path)))
-    scores = {OURS: score(runs, ALARMS)}
+    rules = records({OURS: score(runs, ALARMS)}, {})
     with pytest.raises(ConfigError, match="lacks the marks"):
         guide.write_text("nothing\n")
-        bench.write("real", ["a table"], scores)
+        bench.write("real", ["a table"], rules)
     guide.write_text("before\n<!-- alarms real -->\nold\n<!-- end of alarms real -->\nafter\n")
     for _ in range(2):
-        bench.write("real", ["a table"], scores)
+        bench.write("real", ["a table"], rules)
     assert guide.read_text() == "before\n<!-- alarms real -->\n\na table\n\n<!-- end of alarms real -->\nafter\n"
     (rule,) = json.loads(figures.read_text())["real"]["rules"]
     assert (rule["rule"], rule["detected"], rule["collapsed"], rule["early"], rule["healthy_alarmed"]) == (
