@@ -6,6 +6,7 @@
 #   make test-verl            the tests of the verl adapter, with verl in a folder of its own (300 MB)
 #   make test-openrlhf        the tests of the OpenRLHF adapter, with its own loss and actor in place of stand-ins
 #   make lint   ruff, mypy                                   make bench       measurements, printed as tables
+#   make bench-alarms RUNS=folder   alarm engines on labelled runs   WRITE=real or induced keeps the figures
 #
 # PIP_ARGS is passed to pip. On Linux without a GPU, PyTorch's own index has a build without CUDA:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -17,13 +18,14 @@ PRESET ?= demo
 HEADLESS ?=
 PIP_ARGS ?=
 TRL ?= 1.16.0
+WRITE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-slow test-trl test-verl test-openrlhf lint bench clean
+.PHONY: demo test test-slow test-trl test-verl test-openrlhf lint bench bench-alarms clean
 
 demo: $(RUN_STAMP)
 	@exec $(BIN)/mhpo demo --preset $(PRESET) --out "$(RUNS)" --port $(PORT) $(if $(filter-out 0,$(HEADLESS)),--headless)
@@ -61,6 +63,10 @@ lint: $(TEST_STAMP)
 bench: $(TEST_STAMP)
 	$(BIN)/python -m tests.e2e.browser
 	$(BIN)/python -m tests.benchmarks
+
+# other tools' code is used where it is in the folder that the table names
+bench-alarms: $(TEST_STAMP)
+	PYTHONPATH=$(VENV)/alarm-peers OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.alarms "$(RUNS)" $(if $(WRITE),--write $(WRITE))
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -13,15 +13,41 @@ MEASURED = Path(__file__).parent / "about_alarms.json"
 
 @dataclass(frozen=True)
 class About:
-    """Paragraphs, and one row per rule."""
+    """One set of labelled runs, and how each rule or tool did on it.
 
-    text: tuple[str, ...]
+    Args:
+        title: what the runs are, and when they were scored.
+        rows: one per rule, this engine first.
+    """
+
+    title: str
     rows: tuple[dict[str, Any], ...]
 
 
-def about_alarms() -> About:
-    """How often the alarms were right on labelled runs, beside rules and tools in use."""
+def about_alarms() -> tuple[About, ...]:
+    """How often the alarms were right on labelled runs, beside what is in use; nothing where nobody measured."""
     if not MEASURED.exists():
-        return About(("Not measured yet: `make bench-alarms RUNS=…` writes the table.",), ())
-    found = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return About(tuple(found["text"]), tuple(found["rows"]))
+        return ()
+    found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return tuple(
+        About(f"{one['data'][0].upper()}{one['data'][1:]}; {one['date']}", tuple(_row(r) for r in one["rules"]))
+        for one in found.values()
+    )
+
+
+def _row(rule: dict[str, Any]) -> dict[str, Any]:
+    lead = rule["median_lead_steps"]
+    return {
+        "rule": rule["rule"],
+        "collapses found": f"{rule['detected']} of {rule['collapsed']}",
+        "95 % interval": _interval(rule["detected_interval"]),
+        "before the onset": rule["early"],
+        "median lead, steps": "–" if lead is None else f"{lead:g}",
+        "found by chance": f"{rule['chance']:.0f} %" if rule["chance"] is not None else "–",
+        "healthy runs alarmed": f"{rule['healthy_alarmed']} of {rule['healthy']}",
+        "95 % interval, healthy": _interval(rule["healthy_interval"]),
+    }
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return "–" if not bounds else f"{bounds[0]:.0f} to {bounds[1]:.0f} %"

@@ -13,6 +13,13 @@ from mhpo_core.alarms import CRITICAL, MODES
 
 REFRESH_SECONDS = 3.0
 _EMPTY = "–"
+_LIMITS = (
+    "Critical alarms of labelled runs, beside the thresholds in use and other tools on the same data. A collapse is found "
+    "by a critical alarm between 25 rows before its onset and 2 after; the same window on healthy runs gives what chance "
+    "would find.",
+    "The labelled collapses are few and from few places, and the thresholds were chosen on them: expect less on your "
+    "own runs. `mhpo backtest` scores those.",
+)
 
 
 def number(value: Any) -> str:
@@ -116,11 +123,11 @@ def incidents(run: str) -> None:
 def about() -> None:
     """How good the alarms are, measured, beside what is in use elsewhere."""
     with st.expander("About the alarms: how often they are right", icon=":material/info:"):
-        found = about_alarms()
-        for paragraph in found.text:
-            st.text(paragraph)
-        if found.rows:
-            st.dataframe(pd.DataFrame(list(found.rows)), hide_index=True, key="about")
+        for line in _LIMITS:
+            st.text(line)
+        for index, found in enumerate(about_alarms()):
+            st.caption(found.title)
+            st.dataframe(pd.DataFrame(list(found.rows)), hide_index=True, key=f"about-{index}")
 
 
 names = run_names()

@@ -139,6 +139,8 @@ class AlarmEngine:
         self._steps.append(step)
         if "reward" in readings:
             state.reward.observe(readings["reward"])
+        if "true_reward" in readings:
+            state.true_reward.observe(readings["true_reward"])
         self._detect(step, readings)
         held: dict[str, Finding] = {}
         for finding in (f for rule in self._rules for f in rule.evaluate(state)):
@@ -151,10 +153,11 @@ class AlarmEngine:
 
     def _detect(self, step: int, readings: Mapping[str, float]) -> None:
         strongest = dict.fromkeys(FAMILIES, 0.0)
+        spans = {"reward": self._state.reward.span, "true_reward": self._state.true_reward.span}
         for name, signal in SIGNALS.items():
             detector = self._state.detectors[name]
             if signal.reading in readings:
-                floor = _REWARD_SPAN * self._state.reward.span if signal.reading == "reward" else 0.0
+                floor = _REWARD_SPAN * spans.get(signal.reading, 0.0)
                 detector.observe(step, self._judged(signal, readings[signal.reading]), floor)
             strongest[signal.family] = max(strongest[signal.family], detector.score * signal.weight)
         for family, value in strongest.items():

@@ -36,7 +36,8 @@ class Settings:
         cold_rows: first rows, in which no baseline exists and absolute bounds stand in for it.
         cold_kl: KL to the reference, nats, that is critical in those rows.
         truncated: share of truncated completions over three rows, where the median was at most half of it.
-        reward_kept: with `truncated`: share of the best reward that is left.
+        reward_kept: share of the best reward that is left, with `truncated` or `proxy_kept`.
+        proxy_kept: share of its best that the reward must keep while the held-out one falls to `reward_kept`.
         dead_reward: share of the best reward below which, with `dead_groups`, a run is dead.
         dead_groups: share of groups with equal rewards, three rows in a row.
         nonfinite_rows: rows of the last twenty with a NaN in the gradient norm that are critical; one is a warning.
@@ -66,6 +67,7 @@ class Settings:
     cold_kl: float = 2.0
     truncated: float = 0.85
     reward_kept: float = 0.7
+    proxy_kept: float = 0.9
     dead_reward: float = 0.2
     dead_groups: float = 0.8
     nonfinite_rows: int = 3

@@ -3,6 +3,7 @@
 from mhpo_core.alarms.rules.base import CRITICAL, WARNING, Finding, Reward, Rule, State
 from mhpo_core.alarms.rules.dead import DeadRun, Saturated
 from mhpo_core.alarms.rules.fusion import Fusion, SingleSignal, fused_score
+from mhpo_core.alarms.rules.hacking import ProxyDivergence
 from mhpo_core.alarms.rules.levels import (
     ColdDivergence,
     EntropyExplosion,
@@ -14,8 +15,8 @@ from mhpo_core.alarms.rules.nonfinite import NonFinite
 from mhpo_core.alarms.rules.trend import MismatchProjection
 
 RULES: tuple[Rule, ...] = (
-    NonFinite(), MismatchLevel(), EntropyExplosion(), GradientExplosion(), ColdDivergence(), Saturated(), Fusion(),
-    DeadRun(), MismatchProjection(), ImpossibleTokens(), SingleSignal(),
+    NonFinite(), MismatchLevel(), EntropyExplosion(), GradientExplosion(), ColdDivergence(), Saturated(),
+    ProxyDivergence(), Fusion(), DeadRun(), MismatchProjection(), ImpossibleTokens(), SingleSignal(),
 )  # fmt: skip
 
 __all__ = ["CRITICAL", "RULES", "WARNING", "Finding", "Reward", "Rule", "State", "fused_score"]

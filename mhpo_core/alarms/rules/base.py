@@ -55,8 +55,13 @@ class Reward:
             return
         self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
         self.recent.append(value)
-        if len(self.recent) == _AVERAGED:
+        if self.full:
             self.best = max(self.best, fmean(self.recent))
+
+    @property
+    def full(self) -> bool:
+        """True once there are values for a mean."""
+        return len(self.recent) == _AVERAGED
 
     @property
     def span(self) -> float:
@@ -87,6 +92,7 @@ class State:
     detectors: dict[str, Detector] = field(default_factory=dict)
     families: dict[str, float] = field(default_factory=dict)
     reward: Reward = field(default_factory=Reward)
+    true_reward: Reward = field(default_factory=Reward)
     past: dict[str, deque[tuple[int, float]]] = field(default_factory=dict)
 
     def remember(self, step: int, readings: Mapping[str, float]) -> None:

@@ -21,6 +21,16 @@ def log_from(smallest: float) -> Scale:
     return lambda value: math.log(max(abs(value), smallest)) if math.isfinite(value) else abs(value)
 
 
+def log_to(largest: float) -> Scale:
+    """log x, in nats; what is larger is healthy and counts as the largest."""
+    return lambda value: math.log(min(max(value, 1e-9), largest)) if math.isfinite(value) else value
+
+
+def linear_from(smallest: float) -> Scale:
+    """As it is; what is smaller is healthy and counts as the smallest."""
+    return lambda value: max(value, smallest) if math.isfinite(value) else value
+
+
 def log_unless_zero(value: float) -> float:
     """log x; NaN, which no detector judges, where x is 0."""
     return math.log(value) if 0 < value < math.inf else math.nan

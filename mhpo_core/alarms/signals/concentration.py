@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhpo_core.alarms.signals.base import Family, Signal, linear, log_from
+from mhpo_core.alarms.signals.base import Family, Signal, linear_from, log_from
 
 _NAME = "concentration"
 FAMILY = Family(
@@ -11,23 +11,11 @@ FAMILY = Family(
     label="concentration on few tokens",
     signals=(
         Signal(
-            "ess",
-            _NAME,
-            "effective sample size",
-            "ess",
-            scale=log_from(1e-3),
-            floor=0.05,
-            falling=True,
-            lagged=True,
-            healthy="above 0.5 of the tokens, 0.3 at least",
-            source="verl docs/algo/rollout_corr.md",
-        ),
-        Signal(
             "gradient_share",
             _NAME,
             "gradient held by the top 1 % of tokens",
             "gradient_share",
-            scale=linear,
+            scale=linear_from(0.2),
             floor=0.05,
             lagged=True,
             healthy="steady: outliers hold all of it when the ratios have a heavy tail",

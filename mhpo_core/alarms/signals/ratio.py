@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhpo_core.alarms.signals.base import Family, Signal, linear, log_from
+from mhpo_core.alarms.signals.base import Family, Signal, linear_from, log_from, log_to
 
 _NAME = "ratio"
 FAMILY = Family(
@@ -15,7 +15,7 @@ FAMILY = Family(
             _NAME,
             "standard deviation of the log-ratio",
             "log_ratio_spread",
-            scale=log_from(1e-4),
+            scale=log_from(0.05),
             floor=0.25,
             lagged=True,
             healthy="steady for one learning rate and one number of updates per batch",
@@ -26,7 +26,7 @@ FAMILY = Family(
             _NAME,
             "largest shift of any token",
             "log_ratio_extreme",
-            scale=log_from(1e-2),
+            scale=log_from(0.5),
             floor=0.4,
             lagged=True,
             healthy="a few nats",
@@ -37,7 +37,7 @@ FAMILY = Family(
             _NAME,
             "contraction of tokens with A < 0 (policy erosion)",
             "contraction",
-            scale=log_from(1e-3),
+            scale=log_from(0.1),
             floor=0.35,
             lagged=True,
             healthy="steady",
@@ -48,7 +48,7 @@ FAMILY = Family(
             _NAME,
             "expansion of tokens with A > 0 (towards mode collapse)",
             "expansion",
-            scale=log_from(1e-3),
+            scale=log_from(0.1),
             floor=0.35,
             lagged=True,
             healthy="steady",
@@ -66,12 +66,24 @@ FAMILY = Family(
             source="arXiv 2603.16929",
         ),
         Signal(
+            "ess",
+            _NAME,
+            "effective sample size",
+            "ess",
+            scale=log_to(0.5),
+            floor=0.05,
+            falling=True,
+            lagged=True,
+            healthy="above 0.5 of the tokens, 0.3 at least",
+            source="verl docs/algo/rollout_corr.md",
+        ),
+        Signal(
             "k_hat",
             _NAME,
             "shape of the ratios' upper tail, Pareto k̂",
             "k_hat",
-            scale=linear,
-            floor=0.15,
+            scale=linear_from(0.7),
+            floor=0.3,
             lagged=True,
             healthy="below 0.7; above, the mean of the batch says little, above 1 nothing",
             source="Vehtari et al., arXiv 1507.02646",
@@ -114,7 +126,7 @@ FAMILY = Family(
             _NAME,
             "KL(old‖new)",
             "kl_policy",
-            scale=log_from(1e-5),
+            scale=log_from(1e-3),
             floor=0.7,
             lagged=True,
             healthy="below 0.02 nats",
