@@ -14,9 +14,9 @@ from mhpo_core.alarms import CRITICAL, MODES
 REFRESH_SECONDS = 3.0
 _EMPTY = "–"
 _LIMITS = (
-    "Critical alarms of labelled runs, beside the thresholds in use and other tools on the same data. A collapse is found "
-    "by a critical alarm between 25 rows before its onset and 2 after; the same window on healthy runs gives what chance "
-    "would find.",
+    "Critical alarms of labelled runs, beside the thresholds in use and other tools on the same data. A collapse is "
+    "found by a critical alarm between 25 rows before its onset and 2 after; the same window on healthy runs gives "
+    "what chance would find.",
     "The labelled collapses are few and from few places, and the thresholds were chosen on them: expect less on your "
     "own runs. `mhpo backtest` scores those.",
 )
