@@ -18,13 +18,18 @@ _LIMITS = (
     "found by a critical alarm between 25 rows before its onset and 2 after; the same window on healthy runs gives "
     "what chance would find.",
     "The labelled collapses are few and from few places, and the thresholds were chosen on them: expect less on your "
-    "own runs. `mhpo backtest` scores those.",
+    "own runs. The command mhpo backtest scores those.",
 )
 
 
 def number(value: Any) -> str:
     """A number of any size in few characters."""
     return _EMPTY if value is None else f"{value:.4g}" if isinstance(value, int | float) else visible(str(value))
+
+
+def escaped(text: str) -> str:
+    """Text for a title, which Streamlit reads as Markdown."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|~$:" else c for c in text)
 
 
 def signs_table(alarm: dict[str, Any]) -> None:
@@ -79,7 +84,8 @@ def show(alarm: dict[str, Any], opened: bool) -> None:
     mode = MODES[alarm["mode"]]
     critical = alarm["severity"] == CRITICAL
     icon = ":material/error:" if critical else ":material/warning:"
-    title = f"Step {alarm['step']:,} · {mode.title}" if critical else f"Step {alarm['step']:,} · {alarm['severity']}"
+    finding = visible(alarm["message"].split(": ", 1)[-1].split(". In order", 1)[0], 120)
+    title = f"Step {alarm['step']:,} · {mode.title if critical else escaped(finding)}"
     with st.expander(title, expanded=opened, icon=icon):
         st.text(visible(alarm["message"], 600))
         good = alarm["evidence"]["last_good_step"]

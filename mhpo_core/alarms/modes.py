@@ -93,7 +93,8 @@ MODES: dict[str, Mode] = {
     ),
     "stale-batch": Mode(
         "importance ratios have a heavy tail",
-        "too many updates per batch, or rollouts of an old policy: a few tokens dominate the gradient",
+        "too many updates per batch, rollouts of an old policy, or log-probabilities that the sampler misreports: a "
+        "few tokens dominate the gradient",
         (
             "Use fewer epochs or minibatches per batch, or allow less policy lag.",
             (
