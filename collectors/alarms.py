@@ -5,21 +5,19 @@ What the engine makes of a step is stored with the step, as metrics named alarm/
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from collectors.alarm_files import alarm_file
+from collectors.incidents import Incidents, tell
 from collectors.reader import Run
 from collectors.schema import TRAINER_METRIC, StepKey
 from mhpo_core.alarms import Alarm, AlarmEngine, Evaluation, Settings
 from mhpo_core.alarms.readings import NAMES
 from mhpo_core.metrics import METRICS
-
-_LOG = logging.getLogger(__name__)
 
 PREFIX = "alarm/"
 _LEVELS = {"": 0.0, "warning": 1.0, "critical": 2.0}
@@ -71,7 +69,8 @@ class LiveAlarms:
     Args:
         past: summaries of the steps before one, as they are stored now; asked when a run continues or is rewound.
         begins: the run has no steps yet.
-        tell: called with each alarm, in the thread that measures.
+        told: called with each alarm, in the thread that measures.
+        incidents: told of every evaluation, in that thread.
     """
 
     def __init__(
@@ -80,9 +79,10 @@ class LiveAlarms:
         past: Callable[[int], Iterator[Summary]],
         *,
         begins: bool,
-        tell: Callable[[Alarm], None] = lambda alarm: None,
+        told: Callable[[Alarm], None] = lambda alarm: None,
+        incidents: Sequence[Incidents] = (),
     ) -> None:
-        self._settings, self._past, self._tell = settings, past, tell
+        self._settings, self._past, self._told, self._incidents = settings, past, told, incidents
         self._engine = AlarmEngine(settings) if begins else None
         self._last_step = -1
 
@@ -90,21 +90,22 @@ class LiveAlarms:
         """The step's row with what the engine made of it, and the alarms it raised."""
         if self._engine is None or key.step <= self._last_step:
             self._engine = AlarmEngine(self._settings)
+            for incidents in self._incidents:
+                incidents.restart()
             for s in self._past(key.step):
-                self._engine.observe(s.step, s.scalars, s.layers)
+                self._follow(self._engine.observe(s.step, s.scalars, s.layers), past=True)
         self._last_step = key.step
         row = {name: rollup[name][0].as_py() for name in ("step", *_COLUMNS, "metrics", "gradients")}
         summary = summary_of(row)
         found = self._engine.observe(summary.step, summary.scalars, summary.layers)
         for alarm in found.alarms:
-            self._told(alarm)
+            tell(self._told, alarm)
+        self._follow(found, past=False)
         return _with_evaluation(rollup, row["metrics"], found), found.alarms
 
-    def _told(self, alarm: Alarm) -> None:
-        try:
-            self._tell(alarm)
-        except Exception:  # the listener is the user's; the alarm is stored all the same
-            _LOG.warning("Recorder: on_alarm failed for %s; training goes on.", alarm.id, exc_info=True)
+    def _follow(self, found: Evaluation, *, past: bool) -> None:
+        for incidents in self._incidents:
+            incidents.observe(found, past=past)
 
 
 def _with_evaluation(rollup: pa.Table, metrics: list[dict[str, Any]], found: Evaluation) -> pa.Table:

@@ -37,6 +37,7 @@ ZOOM = {8: "x8", 64: "x64", 512: "x512"}
 LEVELS = {ROLLUP: (HOT, SEALED, *ZOOM.values()), TOKENS: (HOT, SEALED, RING, PINNED)}
 LEVELS[SEQUENCES] = LEVELS[TOKENS]
 
+_CHECKPOINT = re.compile(rf"{CHECKPOINT}(-alarm-\d{{1,18}})?")
 _NAME = re.compile(r"s(\d{9,18})(?:-(\d{9,18}))?\.a(\d{3,9})\.r(\d{3,9})\.([0-9a-f]{8})\.(\d{1,15})\.parquet")
 
 
@@ -68,6 +69,11 @@ def file_name(first: int, last: int, attempt: int, rank: int, data: Any) -> str:
     """Name of a file of these bytes that holds steps first … last."""
     steps = f"s{first:09d}" if first == last else f"s{first:09d}-{last:09d}"
     return f"{steps}.a{attempt:03d}.r{rank:03d}.{zlib.crc32(data):08x}.{len(data)}.parquet"
+
+
+def is_checkpoint(folder: str) -> bool:
+    """True of a folder in which a trainer keeps its checkpoints, those that an alarm asked for too."""
+    return _CHECKPOINT.fullmatch(folder.split("/")[0]) is not None
 
 
 def parse_name(folder: str, name: str) -> StepFile | None:

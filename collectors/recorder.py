@@ -9,6 +9,7 @@ import platform
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from collectors.alarms import LiveAlarms, Summary, summaries_of
 from collectors.formulas import derivation
+from collectors.incidents import Incidents
 from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, step_columns, trainer_scalars
 from collectors.packing import Packed, pack
 from collectors.pipeline import Pipeline
@@ -123,6 +125,7 @@ class Recorder:
         settings = {
             "tokens": str(what), "columns": columns, "precision": precision, "disk_limit": self.disk_limit,
         }  # fmt: skip
+        self._critical: deque[Alarm] = deque(maxlen=1)
         self._store = StoreWriter(
             storage, self._manifest(storage, config, updates_per_iteration, settings), what=what, rank=self.rank,
             world_size=self.world_size, vocabulary=vocabulary, fsync=str(fsync), launch=launch or launch_of(os.environ),
@@ -135,7 +138,9 @@ class Recorder:
         watch = None
         if alarms is not None and self.world_size == 1:
             begins = not self._store.resumed
-            watch = LiveAlarms(alarms, self._past, begins=begins, tell=on_alarm or _tell_nobody)
+            incidents = [Incidents(alarms.clear, self._critical.append)]
+            watch = LiveAlarms(alarms, self._past, begins=begins, told=on_alarm or _tell_nobody, incidents=incidents)
+        self._watch = watch
         self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait", alarms=watch)
         self._closed = False
         atexit.register(self.close, "stopped", "the process exited without closing the recorder")
@@ -155,6 +160,11 @@ class Recorder:
         self._pipeline.settle(_SETTLED_SECONDS)
         with open_run(self.path) as run:
             yield from summaries_of(run, before)
+
+    @property
+    def watched(self) -> bool:
+        """True if an alarm engine watches the run."""
+        return self._watch is not None
 
     @property
     def closed(self) -> bool:
@@ -263,6 +273,16 @@ class Recorder:
         """Keep all tokens of the steps in the ring, and of the next `after` steps, for good."""
         step = self._last_step
         self._pipeline.call(lambda: self._store.pin(reason, step, after))
+
+    def take_critical(self) -> Alarm | None:
+        """The first critical alarm of an incident, once, as soon as it was found; None as long as there is none.
+
+        A training loop that wants to react asks before every step. It costs nothing, and never waits.
+        """
+        try:
+            return self._critical.pop()
+        except IndexError:
+            return None
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything handed over so far is written; False after `timeout` seconds or if the disk refuses."""
