@@ -15,6 +15,9 @@ leaves out because its gradient is not finite is a step too, with an event `upda
 of which verl logs the mean over the ranks; a policy loss knows it only where verl adds no entropy and no KL term. Ray
 ends its workers without notice: unless a worker calls `close`, the run looks like one whose process died.
 `python -m collectors.adapters.verl` says what would happen here.
+
+MHPO_ON_CRITICAL=stop raises AlarmError in the worker at the first loss that trains after a critical alarm was found,
+which ends a job of one rank; with more ranks nobody watches while the run lasts, and a warning says so.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import torch
 from torch import Tensor
 
 from collectors.adapters.harmless import harmless
+from collectors.adapters.verl_alarms import ON_CRITICAL, raise_if_alarmed, require_action
 from collectors.adapters.verl_calls import MicroBatch, policy_loss_call, whole_loss_call
 from collectors.adapters.verl_settings import (
     PREFIX,
@@ -62,6 +66,7 @@ class _Process:
         self.recipe: str | None = None
         self.telemetry: StepTelemetry | None = None
         self.within = False
+        self._on_critical = ""
         self._failed = False
         self._told = False
 
@@ -83,6 +88,15 @@ class _Process:
         finally:
             self.within = False
 
+    def obey(self) -> None:
+        """Before a loss that trains: raise if that is asked for and an alarm was found.
+
+        Raises:
+            AlarmError: so it is; the run ends as stopped.
+        """
+        if self._on_critical and self.telemetry is not None and torch.is_grad_enabled():
+            raise_if_alarmed(self.telemetry)
+
     @harmless
     def keep(self, recipe: str, loss_mode: str, config: Any, read: Callable[[], MicroBatch]) -> int:
         """Keep a loss call that trains; returns its recorded tokens."""
@@ -93,6 +107,7 @@ class _Process:
         return 0 if self.telemetry is None else self.telemetry.add(read())
 
     def _open(self, recipe: str, loss_mode: str, config: Any) -> None:
+        on_critical = require_action(os.environ.get(ON_CRITICAL, ""))
         self._failed = True  # a run that cannot be opened is not tried again at every micro-batch
         given: dict[str, Any] = {
             "objective": objective_of(loss_mode, config), "config": {"verl": plain_settings(config)},
@@ -101,6 +116,11 @@ class _Process:
         recorder = Recorder(os.environ[RUN], **given | options_of(os.environ.get(OPTIONS, "")))
         self._failed, self.recipe, self.telemetry = False, recipe, StepTelemetry(recorder)
         recorder.event("verl", f"{recipe} of verl {_version()} records")
+        self._on_critical = on_critical
+        if on_critical and not recorder.watched:
+            _LOG.warning(
+                "verl: %s is %s, but nobody watches a run of several ranks for alarms.", ON_CRITICAL, on_critical
+            )
         _LOG.info("verl: %s records into %s", recipe, recorder.path)
 
 
@@ -143,6 +163,7 @@ def recording(name: str, base: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(base)
     def loss(*args: Any, **kwargs: Any) -> Any:
+        _HERE.obey()
         found = base(*args, **kwargs)
         two = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)
         if not two or _HERE.within or not _HERE.wanted():
@@ -173,6 +194,7 @@ def recording_ppo_loss(
     if not _HERE.wanted():
         found: tuple[Tensor, dict[str, Any]] = losses.ppo_loss(config, model_output, data, dp_group)
         return found
+    _HERE.obey()
     with _HERE.inside():
         value, metrics = losses.ppo_loss(config, model_output, data, dp_group)
     loss_mode = setting(setting(config, "policy_loss"), "loss_mode", "vanilla")
