@@ -56,11 +56,22 @@ def summaries_of(run: Run, before: int | None = None, after: int = -1) -> Iterat
         yield from map(summary_of, batch.to_pylist())
 
 
-def check(run: Run, settings: Settings | None = None) -> tuple[list[Alarm], AlarmEngine]:
-    """Every alarm of a stored run, as a live engine would have raised them, and the engine at its end."""
+def check(
+    run: Run, settings: Settings | None = None, incidents: Incidents | None = None
+) -> tuple[list[Alarm], AlarmEngine]:
+    """Every alarm of a stored run, as a live engine would have raised them, and the engine at its end.
+
+    Args:
+        incidents: told of every evaluation.
+    """
     engine = AlarmEngine(settings)
-    found = [alarm for s in summaries_of(run) for alarm in engine.observe(s.step, s.scalars, s.layers).alarms]
-    return found, engine
+    alarms: list[Alarm] = []
+    for s in summaries_of(run):
+        found = engine.observe(s.step, s.scalars, s.layers)
+        alarms += found.alarms
+        if incidents is not None:
+            incidents.observe(found)
+    return alarms, engine
 
 
 class LiveAlarms:

@@ -88,6 +88,9 @@ def parse_name(folder: str, name: str) -> StepFile | None:
     return StepFile(first_step, last_step, int(attempt), int(rank), crc, f"{folder}/{name}", int(size))
 
 
+OUTSIDE = 999_999_999
+"""Rank of an event that no writer of the run noted; it says nothing about what the run is doing."""
+
 _EVENT = re.compile(r"e(\d{9,18})\.r(\d{3,9})\.([0-9a-f]{8})\.(\d{1,15})\.parquet")
 
 

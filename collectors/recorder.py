@@ -24,6 +24,7 @@ from collectors.alarms import LiveAlarms, Summary, summaries_of
 from collectors.formulas import derivation
 from collectors.incidents import Incidents
 from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, step_columns, trainer_scalars
+from collectors.notify import AGAIN_AFTER, notifier_of
 from collectors.packing import Packed, pack
 from collectors.pipeline import Pipeline
 from collectors.policy import TokenPolicy, parse_bytes
@@ -135,10 +136,13 @@ class Recorder:
         self._last_step = self._store.last_step
         self._sequences_seen = self._store.next_sequence_id
         how = _stored_columns(self._store.manifest, self.objective)
-        watch = None
+        watch = self._notifier = None
         if alarms is not None and self.world_size == 1:
             begins = not self._store.resumed
             incidents = [Incidents(alarms.clear, self._critical.append)]
+            self._notifier = notifier_of(str(self.path).rstrip("/").rsplit("/", 1)[-1], self.event)
+            if self._notifier is not None:
+                incidents.append(Incidents(alarms.clear, self._notifier, again_after=AGAIN_AFTER))
             watch = LiveAlarms(alarms, self._past, begins=begins, told=on_alarm or _tell_nobody, incidents=incidents)
         self._watch = watch
         self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait", alarms=watch)
@@ -296,6 +300,9 @@ class Recorder:
         atexit.unregister(self.close)
         if kind == "failed":
             self.pin(detail or "the run failed")
+        if self._notifier is not None:
+            self._pipeline.flush(_SETTLED_SECONDS)  # the last step may be the one that raises an alarm
+            self._notifier.finish()
         self._pipeline.close(kind, detail)
         self._store.close()
 
