@@ -31,7 +31,7 @@ def attach(trainer: Any, path: str | Path, *, on_critical: str | None = None, **
         path: the run folder, created or continued.
         on_critical: what a critical alarm has the trainer do, once per incident: "stop" ends training cleanly, "save"
             saves a checkpoint, "lower-lr" halves the learning rate; None = nothing. It happens at the end of a later
-            step, usually the next but one, since an alarm is found in another thread after TRL has logged the step.
+            step, usually the next, since an alarm is found in another thread after TRL has logged its step.
         options: of `Recorder`; `objective` is by default the one that the trainer's arguments describe.
 
     Raises:
