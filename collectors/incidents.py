@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 class Incidents:
     """Tells the first critical alarm of every incident.
 
-    An incident ends when no rule was critical for as many rows as after which a rule may raise again.
+    It ends when no rule held, not even as a warning, for as many rows in a row as after which a rule may raise again.
 
     Args:
         clear: those rows, `Settings.clear`.
@@ -37,8 +37,8 @@ class Incidents:
 
     def restart(self) -> None:
         """Forget everything: the run is judged from its beginning again."""
-        self._quiet = self._clear
-        self._told = -math.inf
+        self._quiet = 0
+        self._told: float | None = None  # when, within an incident
 
     def observe(self, found: Evaluation, *, past: bool = False) -> None:
         """Take the evaluation of the next row.
@@ -48,11 +48,13 @@ class Incidents:
         """
         first = next((a for a in found.alarms if a.severity == CRITICAL), None)
         now = self._clock()
-        if first is not None and (self._quiet >= self._clear or now - self._told >= self._again_after):
+        self._quiet = 0 if found.level else self._quiet + 1
+        if self._quiet >= self._clear:
+            self._told = None
+        if first is not None and (self._told is None or now - self._told >= self._again_after):
             self._told = now
             if not past:
                 tell(self._tell, first)
-        self._quiet = 0 if found.level == CRITICAL else self._quiet + 1
 
 
 def tell(listener: Callable[[Alarm], None], alarm: Alarm) -> None:

@@ -36,7 +36,8 @@ def evaluation(step: int, text: str) -> Evaluation:
         ("A..A", [0]),
         ("A...A", [0, 4]),
         ("Acc..A..A...A", [0, 12]),
-        ("AwwwA", [0, 4]),
+        ("AwwwA...A", [0, 8]),
+        ("wA..A.w.A", [1]),
     ],
 )
 def test_an_incident_ends_with_quiet_rows(rows: str, told: list[int]) -> None:
