@@ -21,6 +21,7 @@ from typing import Any
 
 from app import session, settings
 from app.guard import LOOPBACK, LocalOnly, SecurityHeaders
+from app.prometheus import require_prometheus, scraper
 from app.theme import streamlit_options
 from mhpo_core.errors import ServerError
 
@@ -53,7 +54,13 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def serve(
-    runs: Path, *, host: str = LOOPBACK[0], port: int = DEFAULT_PORT, run: str = "", open_browser: bool = False
+    runs: Path,
+    *,
+    host: str = LOOPBACK[0],
+    port: int = DEFAULT_PORT,
+    run: str = "",
+    open_browser: bool = False,
+    metrics: bool = False,
 ) -> None:
     """Serve the dashboard over a folder of runs until SIGINT or SIGTERM.
 
@@ -62,26 +69,33 @@ def serve(
         host: a loopback address.
         run: the run shown first, may not exist yet; default is the newest.
         open_browser: open the page once it answers.
+        metrics: serve the newest numbers of every run at /metrics, for Prometheus.
 
     Raises:
-        ServerError: see require_free_port.
+        ServerError: see require_free_port; or metrics are asked for and prometheus_client is not installed.
     """
     require_free_port(host, port)
+    if metrics:
+        require_prometheus()
     settings.remember(runs, run)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     threading.Thread(target=_announce, args=(url, open_browser), daemon=True).start()
     # uvicorn raises the signal again after it has shut down; without a handler that would end the process there
     previous = signal.signal(signal.SIGTERM, _leave)
     try:
-        build_app().run(config=_options(host, port))
+        build_app(runs if metrics else None).run(config=_options(host, port))
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def build_app() -> Any:
-    """The ASGI application: Streamlit, plotly.js from the installed wheel, security headers."""
+def build_app(scraped: Path | None = None) -> Any:
+    """The ASGI application: Streamlit, plotly.js from the installed wheel, security headers.
+
+    Args:
+        scraped: folder of runs whose numbers are served at /metrics; None = there is no such route.
+    """
     import streamlit as st
     from starlette.middleware import Middleware
     from starlette.responses import FileResponse
@@ -96,9 +110,23 @@ def build_app() -> Any:
     return st.App(
         Path(__file__).parent / "home.py",
         lifespan=_lifespan,
-        routes=[Route(PLOTLY_URL, plotly_script)],
+        routes=[Route(PLOTLY_URL, plotly_script), *([] if scraped is None else [_metrics_route(scraped)])],
         middleware=[Middleware(SecurityHeaders, inline_scripts=_inline_scripts()), Middleware(LocalOnly)],
     )
+
+
+def _metrics_route(runs: Path) -> Any:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    answer = scraper(runs)
+
+    def metrics(request: Request) -> Response:  # not async: it reads files, so it runs in a thread
+        body, content_type = answer(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    return Route("/metrics", metrics)
 
 
 def _inline_scripts() -> list[str]:

@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from collectors import layout
+from collectors.attempts import begun
 from collectors.encoding import encode
 from collectors.events import read_event
 from collectors.schema import ALARM_SCHEMA, utf8
 from collectors.storage import Storage
-from mhpo_core.alarms import CRITICAL, Alarm
+from mhpo_core.alarms import CRITICAL, WARNING, Alarm
 
 _LOOKED_AT = 64  # newest alarms
 
@@ -44,6 +45,31 @@ def newest_critical(storage: Storage) -> dict[str, Any] | None:
         if row is not None and row["severity"] == CRITICAL:
             return row
     return None
+
+
+class AlarmCounts:
+    """Counts a run's alarms again and again; a file is read once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._known: dict[str, tuple[str, int, int] | None] = {}
+
+    def read(self) -> dict[str, int]:
+        """Severity → number of alarms at steps that were not trained again since.
+
+        Raises:
+            OSError: the run cannot be listed.
+        """
+        later = begun(self._storage)
+        counts = {CRITICAL: 0, WARNING: 0}
+        for file in layout.list_events(self._storage, folder=layout.ALARMS):
+            if file.name not in self._known:
+                row = read_event(self._storage, file)
+                self._known[file.name] = None if row is None else (row["severity"], row["step"], row["attempt"])
+            found = self._known[file.name]
+            if found and not any(attempt > found[2] and step <= found[1] for attempt, step in later):
+                counts[found[0]] = counts.get(found[0], 0) + 1
+        return counts
 
 
 def _finite(value: Any) -> Any:

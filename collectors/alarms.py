@@ -5,8 +5,7 @@ What the engine makes of a step is stored with the step, as metrics named alarm/
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collectors.alarm_files import alarm_file
+from collectors.incidents import Incidents, tell
 from collectors.reader import Run
 from collectors.schema import TRAINER_METRIC, StepKey
 from mhpo_core.alarms import Alarm, AlarmEngine, Evaluation, Settings
 from mhpo_core.alarms.readings import NAMES
 from mhpo_core.alarms.tail import pareto_k
 from mhpo_core.metrics import METRICS
-
-_LOG = logging.getLogger(__name__)
 
 PREFIX = "alarm/"
 _LEVELS = {"": 0.0, "warning": 1.0, "critical": 2.0}
@@ -87,11 +85,22 @@ def updates_of(manifest: Mapping[str, Any]) -> int:
     return max(1, int(manifest.get("updates_per_iteration") or 1))
 
 
-def check(run: Run, settings: Settings | None = None) -> tuple[list[Alarm], AlarmEngine]:
-    """Every alarm of a stored run, as a live engine would have raised them, and the engine at its end."""
+def check(
+    run: Run, settings: Settings | None = None, incidents: Incidents | None = None
+) -> tuple[list[Alarm], AlarmEngine]:
+    """Every alarm of a stored run, as a live engine would have raised them, and the engine at its end.
+
+    Args:
+        incidents: told of every evaluation.
+    """
     engine = engine_for(run, settings)
-    found = [alarm for s in summaries_of(run) for alarm in engine.observe(s.step, s.scalars, s.layers).alarms]
-    return found, engine
+    alarms: list[Alarm] = []
+    for s in summaries_of(run):
+        found = engine.observe(s.step, s.scalars, s.layers)
+        alarms += found.alarms
+        if incidents is not None:
+            incidents.observe(found)
+    return alarms, engine
 
 
 class LiveAlarms:
@@ -101,7 +110,8 @@ class LiveAlarms:
         past: summaries of the steps before one, as they are stored now; asked when a run continues or is rewound.
         begins: the run has no steps yet.
         updates_per_iteration: optimizer steps per batch of rollouts.
-        tell: called with each alarm, in the thread that measures.
+        told: called with each alarm, in the thread that measures.
+        incidents: told of every evaluation, in that thread.
     """
 
     def __init__(
@@ -111,9 +121,10 @@ class LiveAlarms:
         *,
         begins: bool,
         updates_per_iteration: int = 1,
-        tell: Callable[[Alarm], None] = lambda alarm: None,
+        told: Callable[[Alarm], None] = lambda alarm: None,
+        incidents: Sequence[Incidents] = (),
     ) -> None:
-        self._settings, self._past, self._tell = settings, past, tell
+        self._settings, self._past, self._told, self._incidents = settings, past, told, incidents
         self._updates = updates_per_iteration
         self._engine = AlarmEngine(settings, self._updates) if begins else None
         self._last_step = -1
@@ -122,8 +133,10 @@ class LiveAlarms:
         """The step's row with what the engine made of it, and the alarms it raised."""
         if self._engine is None or key.step <= self._last_step:
             self._engine = AlarmEngine(self._settings, self._updates)
+            for incidents in self._incidents:
+                incidents.restart()
             for s in self._past(key.step):
-                self._engine.observe(s.step, s.scalars, s.layers)
+                self._follow(self._engine.observe(s.step, s.scalars, s.layers), past=True)
         self._last_step = key.step
         row = {name: rollup[name][0].as_py() for name in COLUMNS if name != "histograms"}
         histograms = rollup["histograms"].combine_chunks().flatten()
@@ -131,14 +144,13 @@ class LiveAlarms:
         summary = summary_of(row)
         found = self._engine.observe(summary.step, summary.scalars, summary.layers)
         for alarm in found.alarms:
-            self._told(alarm)
+            tell(self._told, alarm)
+        self._follow(found, past=False)
         return _with_evaluation(rollup, row["metrics"], found), found.alarms
 
-    def _told(self, alarm: Alarm) -> None:
-        try:
-            self._tell(alarm)
-        except Exception:  # the listener is the user's; the alarm is stored all the same
-            _LOG.warning("Recorder: on_alarm failed for %s; training goes on.", alarm.id, exc_info=True)
+    def _follow(self, found: Evaluation, *, past: bool) -> None:
+        for incidents in self._incidents:
+            incidents.observe(found, past=past)
 
 
 def _with_evaluation(rollup: pa.Table, metrics: list[dict[str, Any]], found: Evaluation) -> pa.Table:

@@ -13,6 +13,12 @@ from collectors.storage import Storage
 _MARK = re.compile(r"a(\d{3,9})\.s(\d{9,18})\.([0-9a-f]{12})\.json")
 
 
+def begun(storage: Storage) -> list[tuple[int, int]]:
+    """Attempts of a run, each with the step at which it began."""
+    marks = (_MARK.fullmatch(name) for name in storage.list(ATTEMPTS))
+    return [(int(mark[1]), int(mark[2])) for mark in marks if mark]
+
+
 class Attempts:
     """Decides the attempt of the first step after a start, and of a step that does not rise.
 

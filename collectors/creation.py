@@ -21,7 +21,6 @@ _OWN_NAMES = {
     layout.ATTEMPTS,
     layout.WRITERS,
     layout.VOCABULARY,
-    layout.CHECKPOINT,
 }
 
 
@@ -78,7 +77,7 @@ def _refuse_strangers(storage: Storage) -> None:
         return
     # a writer that was killed at once can leave a temporary file and no run.json
     for path in sorted(storage.local.iterdir()):
-        if path.name not in _OWN_NAMES and path.suffix != TEMPORARY:
+        if path.name not in _OWN_NAMES and not layout.is_checkpoint(path.name) and path.suffix != TEMPORARY:
             raise StoreError(
                 f"Recorder: {storage.url} holds {path.name!r} and is not a run, "
                 "allowed is a new, an empty or a run folder. Choose another name."

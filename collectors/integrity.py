@@ -87,7 +87,7 @@ def is_intact(storage: Storage, file: StepFile) -> bool:
 
 def _check(storage: Storage, name: str, size: int, found: Verification) -> None:
     folder, _, base = name.rpartition("/")
-    if folder.split("/")[0] == layout.CHECKPOINT or folder in _OTHER_FOLDERS:
+    if layout.is_checkpoint(folder) or folder in _OTHER_FOLDERS:
         return
     if name.endswith(TEMPORARY):
         found.leftovers.append(name)

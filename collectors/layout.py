@@ -37,6 +37,7 @@ ZOOM = {8: "x8", 64: "x64", 512: "x512"}
 LEVELS = {ROLLUP: (HOT, SEALED, *ZOOM.values()), TOKENS: (HOT, SEALED, RING, PINNED)}
 LEVELS[SEQUENCES] = LEVELS[TOKENS]
 
+_CHECKPOINT = re.compile(rf"{CHECKPOINT}(-alarm-\d{{1,18}})?")
 _NAME = re.compile(r"s(\d{9,18})(?:-(\d{9,18}))?\.a(\d{3,9})\.r(\d{3,9})\.([0-9a-f]{8})\.(\d{1,15})\.parquet")
 
 
@@ -70,6 +71,11 @@ def file_name(first: int, last: int, attempt: int, rank: int, data: Any) -> str:
     return f"{steps}.a{attempt:03d}.r{rank:03d}.{zlib.crc32(data):08x}.{len(data)}.parquet"
 
 
+def is_checkpoint(folder: str) -> bool:
+    """True of a folder in which a trainer keeps its checkpoints, those that an alarm asked for too."""
+    return _CHECKPOINT.fullmatch(folder.split("/")[0]) is not None
+
+
 def parse_name(folder: str, name: str) -> StepFile | None:
     """The step file of that name, or None for anything else: temporary files, strangers."""
     found = _NAME.fullmatch(name)
@@ -81,6 +87,9 @@ def parse_name(folder: str, name: str) -> StepFile | None:
         return None
     return StepFile(first_step, last_step, int(attempt), int(rank), crc, f"{folder}/{name}", int(size))
 
+
+OUTSIDE = 999_999_999
+"""Rank of an event that no writer of the run noted; it says nothing about what the run is doing."""
 
 _EVENT = re.compile(r"e(\d{9,18})\.r(\d{3,9})\.([0-9a-f]{8})\.(\d{1,15})\.parquet")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +14,7 @@ from collectors import layout
 from collectors.alarm_files import stored_ids
 from collectors.alarms import COLUMNS, Summary, summary_of
 from collectors.encoding import read_rows
+from collectors.incidents import Incidents, tell
 from collectors.ranks import merge_ranks
 from collectors.retention import pin_ring
 from collectors.storage import Storage
@@ -33,7 +34,8 @@ class RankAlarms:
 
     Args:
         keep: stores an alarm of an attempt.
-        tell: called with each alarm, in this thread.
+        told: called with each alarm, in this thread.
+        incidents: told of every evaluation, in this thread.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class RankAlarms:
         settings: Settings,
         updates_per_iteration: int,
         keep: Callable[[Alarm, int], None],
-        tell: Callable[[Alarm], None],
+        told: Callable[[Alarm], None],
+        incidents: Sequence[Incidents] = (),
     ) -> None:
         self._storage, self._settings, self._updates = storage, settings, updates_per_iteration
-        self._keep, self._tell = keep, tell
+        self._keep, self._told, self._incidents = keep, told, incidents
         self._known = stored_ids(storage)
         self._begin(0)
         self._ending = threading.Event()
@@ -57,13 +60,14 @@ class RankAlarms:
         self._ending.set()
         self._thread.join()
 
-    def finish(self, keep: Callable[[Alarm, int], None]) -> None:
+    def finish(self) -> None:
         """Judge what was committed since, in the thread that calls."""
-        self._keep = keep
         self._poll()
 
     def _begin(self, attempt: int) -> None:
         self._engine, self._last, self._attempt = AlarmEngine(self._settings, self._updates), -1, attempt
+        for incidents in self._incidents:
+            incidents.restart()
 
     def _follow(self) -> None:
         while not self._ending.wait(_SECONDS):
@@ -73,8 +77,12 @@ class RankAlarms:
         try:
             for summary, attempt in self._new():
                 self._last = summary.step
-                for alarm in self._engine.observe(summary.step, summary.scalars, summary.layers).alarms:
+                found = self._engine.observe(summary.step, summary.scalars, summary.layers)
+                past = all((alarm.id, attempt) in self._known for alarm in found.alarms)
+                for alarm in found.alarms:
                     self._raise(alarm, attempt)
+                for incidents in self._incidents:
+                    incidents.observe(found, past=past)
         except (OSError, pa.ArrowException) as error:  # a file went since the listing; the next poll sees it elsewhere
             _LOG.debug("alarms: %s", error)
 
@@ -83,7 +91,7 @@ class RankAlarms:
             return
         self._known.add((alarm.id, attempt))
         self._keep(alarm, attempt)
-        self._tell(alarm)
+        tell(self._told, alarm)
         if alarm.severity == CRITICAL:
             with contextlib.suppress(OSError):
                 pin_ring(self._storage)

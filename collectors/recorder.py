@@ -9,7 +9,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -19,20 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collectors.alarms import LiveAlarms, Summary, summaries_of, updates_of
 from collectors.formulas import derivation
 from collectors.intake import batch_bytes, owned_batch, owned_sequences, sequence_scalars, step_columns, trainer_scalars
 from collectors.packing import Packed, pack
 from collectors.pipeline import Pipeline
 from collectors.policy import TokenPolicy, parse_bytes
 from collectors.prepared import Step
-from collectors.rank_alarms import RankAlarms
-from collectors.reader import open_run
 from collectors.retention import PIN_AFTER
 from collectors.schema import StepKey
 from collectors.storage import Storage, open_storage
 from collectors.store import FSYNC, StoreWriter
 from collectors.token_rows import COMPACT, EXACT, FULL, MINIMAL, TokenColumns
+from collectors.watching import Watch
 from collectors.writers import launch_of
 from mhpo_core import objectives
 from mhpo_core.alarms import Alarm, Settings
@@ -45,7 +43,6 @@ _LOG = logging.getLogger(__name__)
 
 DISK_LIMIT = "4GB"
 DEFAULT_ALARMS = Settings()
-_SETTLED_SECONDS = 30.0
 
 
 class Recorder:
@@ -133,21 +130,10 @@ class Recorder:
         self._last_step = self._store.last_step
         self._sequences_seen = self._store.next_sequence_id
         how = _stored_columns(self._store.manifest, self.objective)
-        watch = None
-        if alarms is not None and self.world_size == 1:
-            begins = not self._store.resumed
-            watch = LiveAlarms(
-                alarms,
-                self._past,
-                begins=begins,
-                updates_per_iteration=updates_of(self._store.manifest),
-                tell=on_alarm or _tell_nobody,
-            )
-        self._pipeline = Pipeline(self._store, self.objective, what, how, waits=when_full == "wait", alarms=watch)
-        self._rank_alarms = None
-        if alarms is not None and self.world_size > 1 and self.rank == 0:
-            updates = updates_of(self._store.manifest)
-            self._rank_alarms = RankAlarms(storage, alarms, updates, self._keep_alarm, on_alarm or _tell_nobody)
+        self._watch = Watch(self._store, alarms, on_alarm, self.event)
+        waits = when_full == "wait"
+        self._pipeline = Pipeline(self._store, self.objective, what, how, waits=waits, alarms=self._watch.live)
+        self._watch.start(self._pipeline)
         self._closed = False
         atexit.register(self.close, "stopped", "the process exited without closing the recorder")
         self._say_how_it_starts(what)
@@ -161,14 +147,10 @@ class Recorder:
         self.event("resumed" if resumed else "started", f"pid {os.getpid()} on {socket.gethostname()}{rank}")
         _LOG.info("Recorder: %s", self.describe())
 
-    def _keep_alarm(self, alarm: Alarm, attempt: int) -> None:
-        self._pipeline.call(lambda: self._store.alarm(alarm, attempt))
-
-    def _past(self, before: int) -> Iterator[Summary]:
-        """What is stored of the steps before one; asked by the thread that measures."""
-        self._pipeline.settle(_SETTLED_SECONDS)
-        with open_run(self.path) as run:
-            yield from summaries_of(run, before)
+    @property
+    def watched(self) -> bool:
+        """True if an alarm engine watches the run."""
+        return self._watch.active
 
     @property
     def closed(self) -> bool:
@@ -278,6 +260,13 @@ class Recorder:
         step = self._last_step
         self._pipeline.call(lambda: self._store.pin(reason, step, after))
 
+    def take_critical(self) -> Alarm | None:
+        """The first critical alarm of an incident, once, as soon as it was found; None as long as there is none.
+
+        A training loop that wants to react asks before every step. It costs nothing, and never waits.
+        """
+        return self._watch.take_critical()
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything handed over so far is written; False after `timeout` seconds or if the disk refuses."""
         return self._pipeline.flush(timeout)
@@ -290,11 +279,8 @@ class Recorder:
         atexit.unregister(self.close)
         if kind == "failed":
             self.pin(detail or "the run failed")
-        if self._rank_alarms is not None:
-            self._rank_alarms.stop()
+        self._watch.finish()
         self._pipeline.close(kind, detail)
-        if self._rank_alarms is not None:
-            self._rank_alarms.finish(self._store.alarm)
         self._store.close()
 
     def __enter__(self) -> Recorder:
@@ -344,10 +330,6 @@ class Recorder:
                 ) from None
         first, self._sequences_seen = self._sequences_seen, self._sequences_seen + n_sequences
         return np.arange(first, first + n_sequences, dtype=np.int64)
-
-
-def _tell_nobody(alarm: Alarm) -> None:
-    pass
 
 
 def _require(name: str, given: object, allowed: tuple[str, ...]) -> None:

@@ -55,7 +55,7 @@ class StateReader:
         return RunState("running" if alive else self._end, detail, kind)
 
     def _read_events(self) -> None:
-        events = layout.list_events(self._storage)
+        events = [e for e in layout.list_events(self._storage) if e.rank != layout.OUTSIDE]
         if events == self._newest:
             return
         self._newest = events

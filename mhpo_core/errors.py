@@ -28,5 +28,9 @@ class StoreError(MhpoError, RuntimeError):
     """A run folder cannot be created, written or read."""
 
 
+class AlarmError(MhpoError, RuntimeError):
+    """A critical alarm was raised in a run that asked to be stopped by one."""
+
+
 class ServerError(MhpoError, RuntimeError):
     """The dashboard cannot be served as asked, for instance because the port is taken."""

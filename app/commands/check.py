@@ -1,10 +1,11 @@
-"""`mhpo check RUN… [--json] [--fail-on warning|critical] [--set name=value]…`"""
+"""`mhpo check RUN… [--json] [--fail-on warning|critical] [--set name=value]… [--notify]`"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,8 @@ from app.evidence import with_evidence
 from app.stored_runs import changes, named_runs
 from app.text import visible
 from collectors import alarms as stored_alarms
+from collectors import notify
+from collectors.incidents import Incidents
 from collectors.reader import Run, open_run
 from collectors.writers import has_writer
 from mhpo_core.alarms import CRITICAL, MODES, WARNING, Alarm, AlarmEngine, Settings
@@ -27,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="name=value", dest="changes", action="append", default=[], help="change a threshold"
     )
+    parser.add_argument(
+        "--notify", action="store_true", help="tell the addresses in MHPO_NOTIFY of incidents they were not told of"
+    )
     parser.add_argument("--thresholds", action="store_true", help="print every threshold as name=value, and stop")
 
 
@@ -35,12 +41,17 @@ def run(options: argparse.Namespace) -> int:
     if options.thresholds:
         print("\n".join(f"{name}={value:g}" for name, value in vars(settings).items()))
         return 0
+    if options.notify:
+        notify.require_ready()
     found: dict[str, list[dict[str, Any]]] = {}
     for name, path in named_runs(options.runs).items():
         with open_run(path) as opened:
-            alarms, engine = stored_alarms.check(opened, settings)
+            first: list[Alarm] = []
+            alarms, engine = stored_alarms.check(opened, settings, Incidents(settings.clear, first.append))
             if not options.changes:
                 _store(opened, alarms)
+            if options.notify:
+                _tell(name, opened, first)
             found[name] = [with_evidence(opened, alarm) for alarm in alarms]
         if not options.json:
             _print(name, alarms, engine)
@@ -55,6 +66,12 @@ def _store(opened: Run, alarms: list[Alarm]) -> None:
     with suppress(OSError):
         if not opened.files.names["raw_alarms"] and not has_writer(opened.storage):
             stored_alarms.store(opened, alarms)
+
+
+def _tell(name: str, opened: Run, incidents: list[Alarm]) -> None:
+    outcome = notify.tell_of(visible(name), opened, incidents)
+    if outcome is not None and outcome.problem:
+        print(f"mhpo check: {visible(name)}: the notification failed: {outcome.problem}", file=sys.stderr)
 
 
 def _print(name: str, alarms: list[Alarm], engine: AlarmEngine) -> None:

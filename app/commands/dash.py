@@ -1,4 +1,4 @@
-"""`mhpo dash RUNS [--host] [--port]`"""
+"""`mhpo dash RUNS [--host] [--port] [--metrics]`"""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUNS", type=Path, help="folder of runs, or one run")
     parser.add_argument("--host", default=LOOPBACK[0], help="loopback address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument(
+        "--metrics", action="store_true", help="serve the newest numbers of every run at /metrics, for Prometheus"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,5 +25,11 @@ def run(options: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise StoreError(f"{folder} is not a folder. Give the folder that holds the run folders.")
     one = folder.absolute().name if is_run(folder) else ""
-    serve(folder.absolute().parent if one else folder, host=options.host, port=options.port, run=one)
+    serve(
+        folder.absolute().parent if one else folder,
+        host=options.host,
+        port=options.port,
+        run=one,
+        metrics=options.metrics,
+    )
     return 0

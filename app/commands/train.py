@@ -18,7 +18,8 @@ from collectors.recorder import DISK_LIMIT
 from collectors.store import FSYNC
 from collectors.token_rows import COMPACT, EXACT, FULL, MINIMAL
 from mhpo_core.errors import ConfigError, StoreError
-from mhpo_core.training import Config, load_config, open_task, to_toml, train
+from mhpo_core.training import Config, Intervention, load_config, open_task, to_toml, train
+from mhpo_core.training.intervention import ACTIONS
 
 DEFAULT_RUNS = Path("runs")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -46,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     store.add_argument("--columns", choices=[FULL, MINIMAL], default=FULL)
     store.add_argument(
         "--fsync", choices=list(FSYNC), default=FSYNC[0], help="what survives a power cut (default: step)"
+    )
+    parser.add_argument(
+        "--on-critical",
+        choices=ACTIONS,
+        help="what to do at a critical alarm, once per incident: end the run, save a checkpoint aside, or halve the "
+        "learning rate (default: nothing but tell)",
     )
     parser.add_argument("--with-parent", action="store_true", help="stop when the process that started this one ends")
 
@@ -78,14 +85,22 @@ def run(options: argparse.Namespace) -> int:
         print(f"Recording {recorder.describe()}", file=sys.stderr)
     checkpoint = folder / "checkpoint"
     progress = _TerminalProgress(folder)
+
+    def intervene() -> Intervention | None:
+        alarm = recorder.take_critical() if options.on_critical else None
+        return alarm and Intervention(options.on_critical, f"critical alarm {alarm.id}")
+
     with recorder:
         summary = train(
-            config, recorder, options.device, progress=progress, stop=stop,
+            config, recorder, options.device, progress=progress, stop=stop, intervene=intervene,
             checkpoint=checkpoint, resume=checkpoint if options.resume else None,
         )  # fmt: skip
         if summary.stopped:
-            recorder.close("stopped", f"asked to stop after {summary.steps} steps")
+            why = f", because of the {summary.reason}" if summary.reason else ""
+            recorder.close("stopped", f"asked to stop after {summary.steps} steps{why}")
     progress.end()
+    if summary.reason:
+        print(f"Stopped because of the {summary.reason}; `mhpo check {folder}` says more.", file=sys.stderr)
     print(f"{folder}: {summary.steps} steps in {human_duration(summary.seconds)}, reward {summary.final_reward:.3f}")
     return 0
 

@@ -66,10 +66,15 @@ class StepTelemetry:
         self._norms: GradientNorms | None = None
         self._hook = register_optimizer_step_post_hook(self._stepped)
 
-    def close(self) -> None:
-        """Write what waits and let go of the optimizers."""
+    def close(self, kind: str = "finished", detail: str = "") -> None:
+        """Write what waits, note how it ended and let go of the optimizers."""
         self._hook.remove()
-        self.recorder.close()
+        self.recorder.close(kind, detail)
+
+    @property
+    def between_steps(self) -> bool:
+        """True if no loss of the next step was computed yet."""
+        return not self._parts
 
     def add(self, part: MicroBatch) -> int:
         """Keep a loss call until its step ends; returns its trained tokens."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from collectors.adapters.trl_actions import acting, require_action
 from collectors.adapters.trl_settings import objective_of
 from collectors.adapters.trl_steps import ROW, StepTelemetry
 from collectors.recorder import Recorder
@@ -22,16 +23,19 @@ from mhpo_core.errors import ConfigError
 __all__ = ["RecordsTelemetry", "attach", "objective_of"]
 
 
-def attach(trainer: Any, path: str | Path, **options: Any) -> Recorder:
+def attach(trainer: Any, path: str | Path, *, on_critical: str | None = None, **options: Any) -> Recorder:
     """Record a trainer that is already made; call it before `train()`.
 
     Args:
         trainer: a GRPOTrainer or a subclass of it.
         path: the run folder, created or continued.
+        on_critical: what a critical alarm has the trainer do, once per incident: "stop" ends training cleanly, "save"
+            saves a checkpoint, "lower-lr" halves the learning rate; None = nothing. It happens at the end of a later
+            step, usually the next, since an alarm is found in another thread after TRL has logged its step.
         options: of `Recorder`; `objective` is by default the one that the trainer's arguments describe.
 
     Raises:
-        ConfigError: the trainer is no GRPOTrainer.
+        ConfigError: the trainer is no GRPOTrainer, or on_critical cannot be done.
         StoreError: the run folder cannot be written.
     """
     kind = type(trainer)
@@ -42,7 +46,7 @@ def attach(trainer: Any, path: str | Path, **options: Any) -> Recorder:
                 "Record other loops with collectors.Recorder."
             )
         trainer.__class__ = type(kind.__name__, (RecordsTelemetry, kind), {"__module__": kind.__module__})
-    recorder: Recorder = trainer.record_to(path, **options)
+    recorder: Recorder = trainer.record_to(path, on_critical=on_critical, **options)
     return recorder
 
 
@@ -51,10 +55,16 @@ class RecordsTelemetry:
 
     telemetry: StepTelemetry | None = None
 
-    def record_to(self, path: str | Path, **options: Any) -> Recorder:
+    def record_to(self, path: str | Path, *, on_critical: str | None = None, **options: Any) -> Recorder:
         """Record into a run folder from now on; see `attach`."""
-        self.telemetry = StepTelemetry(self, path, options)
-        return self.telemetry.recorder
+        if on_critical is not None:
+            n_ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
+            require_action(on_critical, n_ranks=n_ranks, watched=options.get("alarms", "") is not None)
+        telemetry = self.telemetry = StepTelemetry(self, path, options)
+        if on_critical is not None:
+            callback = acting(on_critical, telemetry.take_critical, telemetry.event, telemetry.stopped)
+            self.add_callback(callback)  # type: ignore[attr-defined]
+        return telemetry.recorder
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and note how it ended."""

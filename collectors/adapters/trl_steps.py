@@ -22,6 +22,7 @@ from collectors.adapters.trl_settings import (
     vocabulary,
 )
 from collectors.recorder import Recorder
+from mhpo_core.alarms import Alarm
 from mhpo_core.batch import Sequences, TokenBatch, concatenate
 from mhpo_core.gradients import GradientNorms, gradient_norms
 
@@ -52,6 +53,7 @@ class StepTelemetry:
         self._known: dict[int, dict[str, Any]] = {}
         self._generations = 0
         self._told = False
+        self._stopped_because = ""
         self._pending: tuple[int, dict[str, float]] | None = None
         self._ready: dict[str, Any] = {}
         trainer.add_callback(_boundaries(self))
@@ -60,6 +62,19 @@ class StepTelemetry:
         """Continue the run if an earlier `train()` has ended it."""
         if self.recorder.closed:
             self.recorder = self._open()
+        self._stopped_because = ""
+
+    def take_critical(self) -> Alarm | None:
+        """See `Recorder.take_critical`."""
+        return self.recorder.take_critical()
+
+    def event(self, kind: str, detail: str) -> None:
+        """See `Recorder.event`."""
+        self.recorder.event(kind, detail)
+
+    def stopped(self, reason: str) -> None:
+        """The run is about to end before its time, for this reason."""
+        self._stopped_because = reason
 
     def __enter__(self) -> None:
         """While training, clipping tells the norms that it clips."""
@@ -75,6 +90,8 @@ class StepTelemetry:
 
     def __exit__(self, *error: object) -> None:
         self.flush()
+        if self._stopped_because and not any(error):
+            self.recorder.close("stopped", f"because of the {self._stopped_because}")
         del self._trainer.accelerator.clip_grad_norm_
 
     @harmless

@@ -86,6 +86,7 @@ def recording(name: str, base: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(base)
     def loss(*args: Any, **kwargs: Any) -> Any:
+        _HERE.obey()
         found = base(*args, **kwargs)
         two = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)
         if not two or _within or not _HERE.wanted():
@@ -116,6 +117,7 @@ def recording_ppo_loss(
     if not _HERE.wanted():
         found: tuple[Tensor, dict[str, Any]] = losses.ppo_loss(config, model_output, data, dp_group)
         return found
+    _HERE.obey()
     with _inside():
         value, metrics = losses.ppo_loss(config, model_output, data, dp_group)
     loss_mode = setting(setting(config, "policy_loss"), "loss_mode", "vanilla")

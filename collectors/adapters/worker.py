@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from collectors.adapters.alarm_stop import ON_CRITICAL, raise_if_alarmed, require_action
 from collectors.adapters.harmless import harmless
 from collectors.adapters.optimizer_steps import MicroBatch, StepTelemetry
 from collectors.recorder import Recorder
@@ -31,6 +32,7 @@ class Worker:
         self.framework = framework
         self.recipe: str | None = None
         self.telemetry: StepTelemetry | None = None
+        self._on_critical = ""
         self._failed = False
         self._told = False
 
@@ -61,6 +63,15 @@ class Worker:
             self._open(recipe, settings)
         return 0 if self.telemetry is None else self.telemetry.add(read())
 
+    def obey(self) -> None:
+        """Before a loss that trains: raise if that is asked for and an alarm was found.
+
+        Raises:
+            AlarmError: so it is; the run ends as stopped.
+        """
+        if self._on_critical and self.telemetry is not None and torch.is_grad_enabled():
+            raise_if_alarmed(self.telemetry)
+
     def close(self) -> None:
         """End the recording; the next loss that trains continues it."""
         if self.telemetry is not None:
@@ -68,11 +79,15 @@ class Worker:
         self.telemetry = self.recipe = None
 
     def _open(self, recipe: str, settings: Callable[[], dict[str, Any]]) -> None:
+        on_critical = require_action(os.environ.get(ON_CRITICAL, ""))
         self._failed = True  # a run that cannot be opened is not tried again at every micro-batch
         given = settings() | place_in_job()
         recorder = Recorder(os.environ[RUN], **given | options_of(os.environ.get(OPTIONS, "")))
         self._failed, self.recipe, self.telemetry = False, recipe, StepTelemetry(recorder)
         recorder.event(self.framework, f"{recipe} of {self.framework} {version_of(self.framework)} records")
+        self._on_critical = on_critical
+        if on_critical and not recorder.watched:
+            _LOG.warning("%s: %s is %s, but only rank 0 watches a run.", self.framework, ON_CRITICAL, on_critical)
         _LOG.info("%s: %s records into %s", self.framework, recipe, recorder.path)
 
 

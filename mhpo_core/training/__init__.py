@@ -9,10 +9,12 @@ from mhpo_core.training.config import (
     load_preset,
     to_toml,
 )
+from mhpo_core.training.intervention import Intervention
 from mhpo_core.training.trainer import TrainingSummary, open_task, train
 
 __all__ = [
     "Config",
+    "Intervention",
     "TrainingSummary",
     "apply_overrides",
     "from_dict",

@@ -30,12 +30,19 @@ class Position:
         step: the next optimizer step.
         skipped_steps: steps not taken because the loss or a gradient was NaN or ±Inf.
         rewards: mean reward of every iteration so far.
+        lr_factor: what interventions have multiplied the learning rate by.
     """
 
     iteration: int = 0
     step: int = 0
     skipped_steps: int = 0
     rewards: list[float] = field(default_factory=list)
+    lr_factor: float = 1.0
+
+
+def aside(folder: Path, step: int) -> Path:
+    """Where a checkpoint before this step is saved beside the run's own."""
+    return folder.with_name(f"{folder.name}-alarm-{step}")
 
 
 def save(folder: Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhpo_core.errors import StoreError
 from mhpo_core.gradients import GradientNorms, clip_gradients
 from mhpo_core.sink import Sink
 from mhpo_core.training import checkpoint as checkpoints
 from mhpo_core.training.checkpoint import Position
 from mhpo_core.training.config import Config
 from mhpo_core.training.experience import Experience, collect
+from mhpo_core.training.intervention import CHECKPOINT, LOWER_LR, LR_FACTOR, STOP, Intervene
 from mhpo_core.training.model import build_policy, resolve_device
 from mhpo_core.training.randomness import seeded
 from mhpo_core.training.tasks import Task
@@ -39,7 +41,8 @@ class TrainingSummary:
         steps: optimizer steps recorded, those before a resume too.
         skipped_steps: of them, not taken because the loss or a gradient was NaN or ±Inf.
         iterations: rollouts completely trained.
-        stopped: ended by `stop` before the last iteration.
+        stopped: ended by `stop` or an intervention before the last iteration.
+        reason: that of the intervention which ended it, empty if none did.
         rewards: mean reward of every iteration that sampled, the last one perhaps not completely trained.
         seconds: wall time of this call.
     """
@@ -50,6 +53,7 @@ class TrainingSummary:
     stopped: bool
     rewards: tuple[float, ...]
     seconds: float
+    reason: str = ""
 
     @property
     def final_reward(self) -> float:
@@ -74,6 +78,7 @@ def train(
     *,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
+    intervene: Intervene | None = None,
     checkpoint: Path | None = None,
     resume: Path | None = None,
 ) -> TrainingSummary:
@@ -84,7 +89,9 @@ def train(
         device: auto, cpu or cuda.
         progress: called as progress(phase, done, total, info) after every step; phase is warm_start or train.
         stop: asked before every step; True ends the run cleanly.
-        checkpoint: folder for checkpoints; none are written without it.
+        intervene: asked before every step too, what to do to the run; an event says what was done.
+        checkpoint: folder for checkpoints; none are written without it. One that an intervention asks for is saved
+            beside it, as <folder>-alarm-<step>.
         resume: folder of the checkpoint to continue from.
 
     Raises:
@@ -92,7 +99,7 @@ def train(
         StoreError: a checkpoint cannot be read or written.
     """
     started = time.perf_counter()
-    trainer = _Trainer(config, sink, resolve_device(device), progress or _ignore, stop or _never)
+    trainer = _Trainer(config, sink, resolve_device(device), progress or _ignore, stop or _never, intervene or _nothing)
     if resume is not None:
         trainer.resume(resume)
     stopped = trainer.run(checkpoint)
@@ -104,6 +111,7 @@ def train(
         stopped=stopped,
         rewards=tuple(position.rewards),
         seconds=time.perf_counter() - started,
+        reason=trainer.stopped_because,
     )
 
 
@@ -111,9 +119,16 @@ class _Trainer:
     """One run: what it works with, and how far it is."""
 
     def __init__(
-        self, config: Config, sink: Sink, device: torch.device, progress: Progress, stop: Callable[[], bool]
+        self,
+        config: Config,
+        sink: Sink,
+        device: torch.device,
+        progress: Progress,
+        stop: Callable[[], bool],
+        intervene: Intervene,
     ) -> None:
         self.config, self.sink, self.progress, self.stop = config, sink, progress, stop
+        self.intervene, self.stopped_because, self.aside_because = intervene, "", ""
         self.task = open_task(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -138,13 +153,56 @@ class _Trainer:
             return True
         every = self.config.checkpoint.every
         for iteration in range(self.position.iteration, self.config.iterations):
-            if self.iterate(iteration):
+            stopped = self.intervened()
+            self.save_aside(checkpoint)
+            if stopped or self.iterate(iteration):
                 return True
             self.position.iteration = iteration + 1
             last = iteration + 1 == self.config.iterations
             if checkpoint and (last or (every and (iteration + 1) % every == 0)):
                 checkpoints.save(checkpoint, self.config, self.policy.model, self.optimizer, self.position)
+        self.save_aside(checkpoint)
         return False
+
+    def intervened(self) -> bool:
+        """Do what is asked for; True if that ends the run."""
+        asked = self.intervene()
+        if asked is None:
+            return False
+        done = {STOP: self._end, CHECKPOINT: self._want_aside, LOWER_LR: self._lower_lr}[asked.action](asked.reason)
+        self.sink.event("alarm_action", f"{asked.action} before step {self.position.step}, {asked.reason}: {done}")
+        return bool(self.stopped_because)
+
+    def _end(self, reason: str) -> str:
+        self.stopped_because = reason
+        return "the run ends"
+
+    def _want_aside(self, reason: str) -> str:
+        # a checkpoint within an iteration could not be continued from: its rollouts are not in it
+        self.aside_because = reason
+        return "a checkpoint is saved aside when the iteration ends"
+
+    def _lower_lr(self, reason: str) -> str:
+        self.position.lr_factor *= LR_FACTOR
+        return f"the learning rate is that of the schedule times {self.position.lr_factor:g} from now on"
+
+    def save_aside(self, checkpoint: Path | None) -> None:
+        """Save the checkpoint that an intervention asked for; training goes on where it cannot be saved."""
+        reason, self.aside_because = self.aside_because, ""
+        if not reason:
+            return
+        if checkpoint is None:
+            self.sink.event("alarm_action", f"checkpoint, {reason}: nothing is saved, this run writes no checkpoints")
+            return
+        folder = checkpoints.aside(checkpoint, self.position.step)
+        if (folder / checkpoints.FILE_NAME).exists():
+            self.sink.event("alarm_action", f"checkpoint, {reason}: {folder.name} is there already and stays")
+            return
+        try:
+            checkpoints.save(folder, self.config, self.policy.model, self.optimizer, self.position)
+            self.sink.event("alarm_action", f"checkpoint, {reason}: saved as {folder.name}")
+        except StoreError as error:
+            self.sink.event("alarm_action", f"checkpoint, {reason}: {error}")
 
     def warm_start(self) -> bool:
         settings = self.config.warm_start
@@ -171,7 +229,7 @@ class _Trainer:
         for epoch in range(self.config.optimizer.epochs):
             order = torch.randperm(len(experience.reward), generator=generator).to(self.policy.device)
             for minibatch, rows in enumerate(order.chunk(self.config.optimizer.minibatches)):
-                if self.stop():
+                if self.stop() or self.intervened():
                     return True
                 self.update(experience, rows, epoch, minibatch)
         return False
@@ -224,11 +282,12 @@ class _Trainer:
         return lr
 
     def learning_rate(self, iteration: int) -> float:
-        """Linear warm-up, linear decay to lr_final, times the fault's factor."""
+        """Linear warm-up, linear decay to lr_final, times the factors of the fault and of interventions."""
         settings, step = self.config.optimizer, self.position.step
         warmup = min(1.0, (step + 1) / max(1, settings.lr_warmup))
         done = step / (self.config.iterations * self.config.updates_per_iteration)
-        return settings.lr * warmup * (1 - (1 - settings.lr_final) * done) * self.config.fault.lr_factor(iteration)
+        factor = self.config.fault.lr_factor(iteration) * self.position.lr_factor
+        return settings.lr * warmup * (1 - (1 - settings.lr_final) * done) * factor
 
     def report(self, loss: float, norms: GradientNorms, lr: float) -> None:
         total = self.config.iterations * self.config.updates_per_iteration
@@ -242,3 +301,7 @@ def _ignore(*_: Any) -> None:
 
 def _never() -> bool:
     return False
+
+
+def _nothing() -> None:
+    return None

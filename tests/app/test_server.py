@@ -110,6 +110,10 @@ def test_plotly_comes_from_the_installed_wheel(port: int) -> None:
     assert re.search(rb"plotly\.js v\d", body[:200])
 
 
+def test_numbers_for_prometheus_are_not_served_unless_asked_for(port: int) -> None:
+    assert b"mhpo_step" not in get(port, "/metrics").read()
+
+
 def test_host_config_trusts_no_foreign_origin(port: int) -> None:
     assert b"streamlit.app" not in get(port, "/_stcore/host-config").read()
 

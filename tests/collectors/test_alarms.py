@@ -156,9 +156,9 @@ def test_a_step_waits_for_a_rank_that_is_behind(tmp_path: Path) -> None:
     with new_recorder(tmp_path / "run", rank=0, **options) as first:
         for step in range(8):
             record(first, step)
-    assert first._rank_alarms is not None and first._rank_alarms._last == -1
+    assert first._watch._ranks is not None and first._watch._ranks._last == -1
     with new_recorder(tmp_path / "run", rank=1, **options) as second:
         for step in range(6):
             record(second, step)
-    first._rank_alarms._poll()
-    assert first._rank_alarms._last == 5
+    first._watch._ranks._poll()
+    assert first._watch._ranks._last == 5

@@ -10,6 +10,7 @@ import pytest
 
 from app.cli import main
 from collectors import Recorder, open_run
+from collectors.notify import Outcome
 from tests.app.runs import token_batch
 
 HEALTHY, STEPS = 15, 24
@@ -24,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for step in range(STEPS):
                 bad = name == "broken" and step >= HEALTHY
                 norm = math.nan if bad and step > STEPS - 4 else (1 + 0.1 * math.sin(step)) * (1000 if bad else 1)
-                batch = token_batch(step, 3.0 if bad else 0.1)
+                batch = token_batch(step, 3.0 if bad else 0.02)
                 reward = [0.1 if bad else 0.8] * batch.n_sequences
                 recorder.record(step, batch, loss=0.5, reward=reward, grad_norm=norm)
     return folder
@@ -95,6 +96,25 @@ def test_a_run_that_is_being_written_is_checked_and_left_alone(tmp_path: Path) -
         assert recorder.flush(30)
         assert main(["check", str(tmp_path / "live"), "--fail-on", "critical"]) == 1
         assert not (tmp_path / "live" / "alarms").exists()
+
+
+def test_addresses_are_told_once_per_incident(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    outcomes = iter([Outcome("address 1 of 1 did not take it", 1), Outcome("", 1)])
+    monkeypatch.setattr("collectors.notify.deliver", lambda title, body: sent.append(title) or next(outcomes))
+    monkeypatch.setattr("collectors.notify._unready", lambda: "")
+    monkeypatch.delenv("MHPO_NOTIFY", raising=False)
+    assert main(["check", str(runs / "broken"), "--notify"]) == 2
+    assert "MHPO_NOTIFY is not set" in capsys.readouterr().err and sent == []
+    monkeypatch.setenv("MHPO_NOTIFY", "json://127.0.0.1/secret")
+    for failed in (1, 0, 0):
+        assert main(["check", str(runs), "--notify", "--json"]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out) and "secret" not in captured.err
+        assert captured.err.count("mhpo check: broken: the notification failed: address 1 of 1") == failed
+    assert sent == [f"Critical alarm in broken at step {sent[0].split()[-1]}"] * 2
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
