@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from collectors import Recorder
 from collectors.adapters import verl as adapter
 from collectors.adapters.worker import Worker
+from mhpo_core.alarms import CRITICAL, Alarm
 from mhpo_core.errors import AlarmError
 from tests.collectors.support import column, rows
 
@@ -73,6 +75,18 @@ def test_a_critical_alarm_ends_the_run_before_the_next_step(run, monkeypatch):
     assert trained == column(run, "SELECT min(step) FROM alarms WHERE severity = 'critical'")[0] < 12
     assert column(run, "SELECT count(*) FROM steps") == [trained], "no step is cut in two"
     assert rows(run, "SELECT kind, detail FROM events")[-1][0] == "stopped"
+
+
+def test_within_a_step_nothing_is_raised(run, monkeypatch):
+    monkeypatch.setenv("MHPO_ON_CRITICAL", "stop")
+    trainer = Trainer()
+    trainer.micro_batch()
+    alarm = Alarm("x@1", "x", "unknown", CRITICAL, 1, 1, 9.0, 1.0, "It breaks.", {}, [])
+    monkeypatch.setattr(Recorder, "take_critical", lambda self: alarm)
+    trainer.micro_batch()
+    trainer.optimizer.step()
+    with pytest.raises(AlarmError, match="the critical alarm x@1. It breaks. `mhpo check"):
+        trainer.micro_batch()
 
 
 def test_without_being_asked_nothing_is_raised(run):
