@@ -60,7 +60,8 @@ def texts(trainer: Any, ids: Tensor, mask: Tensor) -> list[str]:
 
 def unmasked(trainer: Any, found: Mapping[str, Any]) -> Tensor:
     """The tokens of completions, also of those that mask_truncated_completions takes from the loss, shape (B, T)."""
-    ids, mask = found["completion_ids"], found["completion_mask"]
+    ids: Tensor = found["completion_ids"]
+    mask: Tensor = found["completion_mask"]
     pad = _tokenizer(trainer).pad_token_id
     if pad is None:
         return mask

@@ -70,4 +70,5 @@ def engine_column(said: Sequence[Sequence[float]] | None, found: Mapping[str, An
 
 def engine_logps(inputs: Mapping[str, Any]) -> Tensor | None:
     """Log-probabilities that the engine gave to the completions of a micro-batch."""
-    return inputs.get("sampling_per_token_logps", inputs.get(ENGINE))
+    column: Tensor | None = inputs.get("sampling_per_token_logps", inputs.get(ENGINE))
+    return column
