@@ -2,7 +2,7 @@
 #
 #   make demo   PORT=8501 RUNS=runs PRESET=demo HEADLESS=1   a real RL run, live in the browser
 #   make test   the whole suite, real browser included       make test-slow   the minutes-long ones
-#   make test-trl TRL=1.9.2   the tests of the TRL adapter with another version of TRL
+#   make test-trl TRL=0.20.0  the tests of the TRL adapter with another version of TRL, in an environment of its own
 #   make test-verl            the tests of the verl adapter, with verl in a folder of its own (300 MB)
 #   make test-openrlhf        the tests of the OpenRLHF adapter, with its own loss and actor in place of stand-ins
 #   make lint   ruff, mypy                                   make bench       measurements, printed as tables
@@ -24,6 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+TRL_VENV := $(VENV)/trl-$(TRL)
 
 .PHONY: demo test test-slow test-trl test-verl test-openrlhf lint bench bench-alarms clean
 
@@ -37,9 +38,19 @@ test: $(TEST_STAMP)
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-test-trl: $(TEST_STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-$(TRL) trl==$(TRL)
-	PYTHONPATH=$(VENV)/trl-$(TRL) $(BIN)/python -m pytest tests/collectors/adapters/test_trl.py $(PYTEST_ARGS)
+test-trl: $(TRL_VENV)/.installed
+	$(TRL_VENV)/bin/python -m pytest tests/collectors/adapters/test_trl.py $(PYTEST_ARGS)
+
+# torch and the rest come from .venv, by a path file; pip adds TRL and what it needs in another version. TRL before
+# 0.29 asks for transformers 4 without saying so.
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(TRL_VENV)/.installed: $(TEST_STAMP)
+	rm -rf $(TRL_VENV)
+	$(BIN)/python -m venv $(TRL_VENV)
+	$(BIN)/python $(SITE) > "$$($(TRL_VENV)/bin/python $(SITE))/outer.pth"
+	$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts $(PIP_ARGS) trl==$(TRL) \
+		$(if $(filter $(addsuffix .%,0.20 0.21 0.22 0.23 0.24 0.25 0.26 0.27 0.28),$(TRL)),'transformers<5')
+	@touch $@
 
 test-verl: $(VENV)/verl/.installed
 	PYTHONPATH=$(VENV)/verl OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/collectors/adapters/test_verl.py $(PYTEST_ARGS)

@@ -6,7 +6,8 @@
 
 Steps have the numbers that TRL logs, from 1 on. A step's tokens are those of all its micro-batches; the policy being
 trained is read where the loss reads it, by a forward hook where TRL has its fused head (1.15 and later), before that by
-one private method. The loss is the one that was trained on: transformers logs a NaN as 0.0, here it stays NaN.
+one private method; `trl_versions` has the other differences between versions. The loss is the one that was trained on:
+transformers logs a NaN as 0.0, here it stays NaN.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 from collectors.adapters.trl_actions import acting, require_action
 from collectors.adapters.trl_settings import objective_of
-from collectors.adapters.trl_steps import ROW, StepTelemetry
+from collectors.adapters.trl_steps import StepTelemetry
+from collectors.adapters.trl_versions import refuse_others
 from collectors.recorder import Recorder
-from mhpo_core.errors import ConfigError
 
 __all__ = ["RecordsTelemetry", "attach", "objective_of"]
 
@@ -40,11 +41,7 @@ def attach(trainer: Any, path: str | Path, *, on_critical: str | None = None, **
     """
     kind = type(trainer)
     if not isinstance(trainer, RecordsTelemetry):
-        if not all(hasattr(trainer, name) for name in ("_generate_and_score_completions", "_calculate_rewards")):
-            raise ConfigError(
-                f"trl.attach: trainer is a {kind.__name__}, allowed is a GRPOTrainer of TRL 0.20 or newer. "
-                "Record other loops with collectors.Recorder."
-            )
+        refuse_others(trainer)
         trainer.__class__ = type(kind.__name__, (RecordsTelemetry, kind), {"__module__": kind.__module__})
     recorder: Recorder = trainer.record_to(path, on_critical=on_critical, **options)
     return recorder
@@ -57,6 +54,7 @@ class RecordsTelemetry:
 
     def record_to(self, path: str | Path, *, on_critical: str | None = None, **options: Any) -> Recorder:
         """Record into a run folder from now on; see `attach`."""
+        refuse_others(self)
         if on_critical is not None:
             n_ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
             require_action(on_critical, n_ranks=n_ranks, watched=options.get("alarms", "") is not None)
@@ -99,9 +97,13 @@ class RecordsTelemetry:
     def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._generate_and_score_completions(*args, **kwargs)  # type: ignore[misc]
         if self.telemetry is not None and self.model.training:  # type: ignore[attr-defined]
-            ids = self.telemetry.generated(found)
-            if ids is not None:
-                found[ROW] = ids
+            found.update(self.telemetry.generated(found) or {})
+        return found
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+        if self.telemetry is not None and self.model.training:  # type: ignore[attr-defined]
+            self.telemetry.sampled(found)
         return found
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collectors.adapters.trl_versions import ending_tokens
 from mhpo_core import objectives
 from mhpo_core.objectives import Objective
 
@@ -57,10 +58,19 @@ def texts(trainer: Any, ids: Tensor, mask: Tensor) -> list[str]:
     return list(_tokenizer(trainer).batch_decode(rows, skip_special_tokens=False))
 
 
+def unmasked(trainer: Any, found: Mapping[str, Any]) -> Tensor:
+    """The tokens of completions, also of those that mask_truncated_completions takes from the loss, shape (B, T)."""
+    ids: Tensor = found["completion_ids"]
+    mask: Tensor = found["completion_mask"]
+    pad = _tokenizer(trainer).pad_token_id
+    if pad is None:
+        return mask
+    return torch.where(mask.any(dim=1, keepdim=True), mask.bool(), ids != pad)
+
+
 def ends(trainer: Any, found: Mapping[str, Any]) -> list[bool]:
     """Whether the completion's last token is one that ends it."""
-    tokenizer = _tokenizer(trainer)
-    ending = torch.tensor([t for t in (tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None])
+    ending = torch.tensor(ending_tokens(trainer, _tokenizer(trainer)))
     ids, mask = found["completion_ids"].cpu(), found["completion_mask"].cpu()
     last = ids.gather(1, (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0))[:, 0]
     return [bool(e) for e in torch.isin(last, ending.to(last.dtype))]

@@ -19,8 +19,10 @@ from collectors.adapters.trl_settings import (
     objective_of,
     plain_settings,
     texts,
+    unmasked,
     vocabulary,
 )
+from collectors.adapters.trl_versions import ENGINE, engine_column, engine_logps, engine_said, longest_completion
 from collectors.recorder import Recorder
 from mhpo_core.alarms import Alarm
 from mhpo_core.batch import Sequences, TokenBatch, concatenate
@@ -45,6 +47,7 @@ class StepTelemetry:
         self._open = partial(Recorder, path, **given | options)
         self.recorder = self._open()
         self.rewards: Tensor | None = None
+        self._said: Any = None
         self.losses: list[Tensor] = []
         self._batches: list[TokenBatch] = []
         self._ids: list[Tensor] = []
@@ -52,7 +55,7 @@ class StepTelemetry:
         self._norms: GradientNorms | None = None
         self._known: dict[int, dict[str, Any]] = {}
         self._generations = 0
-        self._told = False
+        self._told: set[str] = set()
         self._stopped_because = ""
         self._pending: tuple[int, dict[str, float]] | None = None
         self._ready: dict[str, Any] = {}
@@ -130,8 +133,19 @@ class StepTelemetry:
                 self._read["entropy"] = entropy.detach()
 
     @harmless
-    def generated(self, found: Mapping[str, Any]) -> Tensor:
-        """Note rewards, groups and texts of new completions; returns their ids, the same on every rank."""
+    def sampled(self, found: Any) -> None:
+        """Note what the engine said of the completions; tools call it again, and extend the lists of the first call."""
+        if self._said is None:
+            self._said = engine_said(found)
+
+    @harmless
+    def generated(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Note rewards, groups and texts of new completions.
+
+        Returns:
+            What is to ride with the completions: their ids, unlike on any other rank, and the engine's column.
+        """
+        said, self._said = self._said, None
         n_rows, rank = len(found["completion_ids"]), self._trainer.accelerator.process_index
         everywhere = n_rows * self._trainer.accelerator.num_processes
         local = torch.arange(rank * n_rows, (rank + 1) * n_rows)
@@ -139,23 +153,24 @@ class StepTelemetry:
         group = self._trainer.num_generations
         rewards = self._rewards_of(local)
         width = found["completion_ids"].shape[1]
-        lengths = found["completion_mask"].sum(dim=1).tolist()
+        mask = unmasked(self._trainer, found)
+        lengths, left_out = mask.sum(dim=1).tolist(), (found["completion_mask"].sum(dim=1) == 0).tolist()
         prompts = texts(self._trainer, found["prompt_ids"], found["prompt_mask"])
-        completions = texts(self._trainer, found["completion_ids"], found["completion_mask"])
-        limit = (
-            getattr(self._trainer, "max_completion_length", None) or self._trainer.args.max_completion_length or width
-        )
+        completions = texts(self._trainer, found["completion_ids"], mask)
+        limit = longest_completion(self._trainer, width)
         ended = ends(self._trainer, found)
         self._known = {
             sequence: {
                 "group_id": sequence // group, "reward": rewards[row], "prompt": prompts[row],
-                "completion": completions[row], "truncated": not ended[row] and lengths[row] >= limit,
+                "completion": completions[row],
+                "truncated": left_out[row] or (not ended[row] and lengths[row] >= limit),
                 "born": self._trainer.state.global_step,
             }
             for row, sequence in enumerate(ids)
         }  # fmt: skip
         self._generations += 1
-        return torch.tensor(ids, device=found["completion_ids"].device)
+        columns = {ROW: torch.tensor(ids, device=found["completion_ids"].device), ENGINE: engine_column(said, found)}
+        return {name: column for name, column in columns.items() if column is not None}
 
     def _rewards_of(self, rows: Tensor) -> list[float]:
         if self.rewards is None or len(self.rewards) <= int(rows.max()):
@@ -175,12 +190,11 @@ class StepTelemetry:
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         if not read:
-            if not self._told:
-                self._told = True
-                reason = "the loss read no log-probabilities that can be seen, as with use_liger_loss"
-                _LOG.warning("trl: %s; steps are recorded without their tokens.", reason)
-                self.recorder.event("dropped", f"tokens: {reason}")
+            self._without("tokens", "the loss read no log-probabilities that can be seen, as with use_liger_loss")
             return
+        rollout = engine_logps(inputs)
+        if rollout is None and getattr(self._trainer, "use_vllm", False):
+            self._without("logp_rollout", "this version of TRL does not hand on the log-probabilities of vLLM")
         if not bool(mask.any()):
             return
         logp_new = read["logp_new"]
@@ -188,13 +202,20 @@ class StepTelemetry:
         self._batches.append(
             TokenBatch(
                 logp_new=logp_new, logp_old=logp_new if old is None else old, advantage=inputs["advantages"],
-                mask=mask, logp_rollout=inputs.get("sampling_per_token_logps"),
+                mask=mask, logp_rollout=rollout,
                 logp_ref=inputs.get("ref_per_token_logps"), entropy=read.get("entropy"),
                 token_id=inputs["completion_ids"],
             )
         )  # fmt: skip
         if ROW in inputs:
             self._ids.append(inputs[ROW])
+
+    def _without(self, what: str, reason: str) -> None:
+        """Say once that something is not recorded."""
+        if what not in self._told:
+            self._told.add(what)
+            _LOG.warning("trl: %s; steps are recorded without their %s.", reason, what)
+            self.recorder.event("dropped", f"{what}: {reason}")
 
     @harmless
     def step_ended(self, step: int) -> None:

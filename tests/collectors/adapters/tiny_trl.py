@@ -24,7 +24,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(CHARACTERS)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    named = ["input_ids", "attention_mask"]  # transformers 4 adds token types, which the model does not take
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", model_input_names=named
+    )
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -37,17 +40,19 @@ SHAPE = {
 }  # fmt: skip
 
 
-def build(out: Any, cls: type = GRPOTrainer, shape: dict[str, int] | None = None, **settings: Any) -> GRPOTrainer:
+def build(
+    out: Any, cls: type = GRPOTrainer, shape: dict[str, int] | None = None, config: type = GRPOConfig, **settings: Any
+) -> Any:
     """The same trainer for the same settings."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE | (shape or {}), eos_token_id=1, pad_token_id=0)
+    llama = LlamaConfig(**SHAPE | (shape or {}), eos_token_id=1, pad_token_id=0)
     defaults: dict[str, Any] = {
         "report_to": "none", "use_cpu": True, "bf16": False, "per_device_train_batch_size": BATCH,
         "num_generations": GROUP, "max_completion_length": LONGEST, "max_steps": 6, "logging_steps": 1,
         "learning_rate": 1e-2, "max_grad_norm": 0.3, "save_strategy": "no", "seed": 1, "disable_tqdm": True,
         "gradient_accumulation_steps": 2,
     }  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(llama)
     if settings.get("beta"):  # TRL loads the reference from where the model came
         model.save_pretrained(f"{out}/model")
         model = LlamaForCausalLM.from_pretrained(f"{out}/model")
@@ -56,7 +61,7 @@ def build(out: Any, cls: type = GRPOTrainer, shape: dict[str, int] | None = None
         processing_class=tokenizer(),
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+3=", "4+4=", "5+0="] * 8}),
-        args=GRPOConfig(str(out), **defaults | settings),
+        args=config(str(out), **defaults | settings),
     )
 
 
