@@ -42,7 +42,7 @@ test-trl: $(TRL_VENV)/.installed
 	$(TRL_VENV)/bin/python -m pytest tests/collectors/adapters/test_trl.py $(PYTEST_ARGS)
 
 # torch and the rest come from .venv, by a path file; pip adds TRL and what it needs in another version. TRL before
-# 0.29 asks for transformers 4 without saying so.
+# 0.29 was made for transformers 4, and sets no bound.
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(TRL_VENV)/.installed: $(TEST_STAMP)
 	rm -rf $(TRL_VENV)

@@ -21,10 +21,13 @@ class Detector:
 
     Args:
         floor: smallest spread, in the signal's transformed unit, so that a quiet signal does not alarm on noise.
+        rows: values that stand for one, because each is the worst of so many steps and a single bad one is in all of
+            them.
     """
 
     settings: Settings
     floor: float
+    rows: int = 1
 
     def __post_init__(self) -> None:
         self._values: deque[float] = deque(maxlen=self.settings.window + 1)
@@ -54,7 +57,9 @@ class Detector:
         spread = _NORMAL * median(abs(v - self.baseline) for v in window) * (1 + 4 / len(window))
         self.z = (value - self.baseline) / max(spread, floor)
         before = self.score
-        self.score = min(s.ceiling, max(0.0, before + min(self.z, s.cap) - s.drift))
+        excess = min(self.z, s.cap) - s.drift
+        # a batch that is as usual takes back four times of what a bad one adds
+        self.score = min(s.ceiling, max(0.0, before + excess / (self.rows if excess > 0 else max(1, self.rows / 4))))
         if before == 0 and self.score > 0:
             self.onset = step
         elif self.score == 0:

@@ -103,13 +103,11 @@ class AlarmEngine:
     ) -> None:
         self.settings = settings or Settings()
         self._rules = tuple(rules)
-        self._state = State(
-            self.settings, detectors={name: Detector(self.settings, s.floor) for name, s in SIGNALS.items()}
-        )
+        updates = max(1, updates_per_iteration)
+        detectors = {n: Detector(self.settings, s.floor, updates if s.lagged else 1) for n, s in SIGNALS.items()}
+        self._state = State(self.settings, detectors=detectors)
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.settings.memory) for name in FAMILIES}
-        self._lagged: dict[str, deque[float]] = {
-            name: deque(maxlen=max(1, updates_per_iteration)) for name, s in SIGNALS.items() if s.lagged
-        }
+        self._lagged: dict[str, deque[float]] = {name: deque(maxlen=updates) for name, s in SIGNALS.items() if s.lagged}
         self._episodes: dict[str, _Raised] = {}
         self._steps: deque[int] = deque(maxlen=256)
         self._layers: dict[str, deque[float]] = {}
@@ -139,6 +137,7 @@ class AlarmEngine:
         self._steps.append(step)
         if "reward" in readings:
             state.reward.observe(readings["reward"])
+            state.slow_reward.observe(readings["reward"])
         if "true_reward" in readings:
             state.true_reward.observe(readings["true_reward"])
         self._detect(step, readings)

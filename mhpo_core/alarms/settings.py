@@ -40,6 +40,8 @@ class Settings:
         proxy_kept: share of its best that the reward must keep while the held-out one falls to `reward_kept`.
         dead_reward: share of the best reward below which, with `dead_groups`, a run is dead.
         dead_groups: share of groups with equal rewards, three rows in a row.
+        entropy_left: share of its first entropy below which, with `reward_kept` and `dead_half`, it is spent.
+        dead_half: share of groups with equal rewards, on average over twenty rows.
         nonfinite_rows: rows of the last twenty with a NaN in the gradient norm that are critical; one is a warning.
         projected_mismatch: KL of sampler and trainer, nats, at which training has been seen to fail.
         projected_rows: rows to that point, along the slope, that are a warning.
@@ -70,6 +72,8 @@ class Settings:
     proxy_kept: float = 0.9
     dead_reward: float = 0.2
     dead_groups: float = 0.8
+    entropy_left: float = 0.25
+    dead_half: float = 0.5
     nonfinite_rows: int = 3
     projected_mismatch: float = 0.05
     projected_rows: int = 50

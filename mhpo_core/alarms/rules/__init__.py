@@ -1,7 +1,7 @@
 """The rules, each a way in which a run can be seen to fail; a new one is a class and an entry here."""
 
 from mhpo_core.alarms.rules.base import CRITICAL, WARNING, Finding, Reward, Rule, State
-from mhpo_core.alarms.rules.dead import DeadRun, Saturated
+from mhpo_core.alarms.rules.dead import DeadRun, EntropySpent, Saturated
 from mhpo_core.alarms.rules.fusion import Fusion, SingleSignal, fused_score
 from mhpo_core.alarms.rules.hacking import ProxyDivergence
 from mhpo_core.alarms.rules.levels import (
@@ -16,7 +16,7 @@ from mhpo_core.alarms.rules.trend import MismatchProjection
 
 RULES: tuple[Rule, ...] = (
     NonFinite(), MismatchLevel(), EntropyExplosion(), GradientExplosion(), ColdDivergence(), Saturated(),
-    ProxyDivergence(), Fusion(), DeadRun(), MismatchProjection(), ImpossibleTokens(), SingleSignal(),
+    ProxyDivergence(), Fusion(), DeadRun(), EntropySpent(), MismatchProjection(), ImpossibleTokens(), SingleSignal(),
 )  # fmt: skip
 
 __all__ = ["CRITICAL", "RULES", "WARNING", "Finding", "Reward", "Rule", "State", "fused_score"]

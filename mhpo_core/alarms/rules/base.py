@@ -13,8 +13,9 @@ from mhpo_core.alarms.detector import Detector
 from mhpo_core.alarms.settings import Settings
 
 WARNING, CRITICAL = "warning", "critical"
-_KEPT = 64
-_AVERAGED = 3
+_KEPT = 256
+SLOW = 20
+"""Rows of what changes slowly: a spent entropy, a reward that fades."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,20 @@ class Finding:
 
 @dataclass
 class Reward:
-    """How the reward has fared: means over three rows, so that one bad batch is no fall."""
+    """How a reward has fared, by means over several rows, so that one bad batch is no fall.
+
+    Args:
+        averaged: those rows.
+    """
+
+    averaged: int = 3
 
     lowest: float = math.inf
     highest: float = -math.inf
     best: float = -math.inf
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_AVERAGED))
+
+    def __post_init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=self.averaged)
 
     def observe(self, value: float) -> None:
         if not math.isfinite(value):
@@ -61,7 +70,7 @@ class Reward:
     @property
     def full(self) -> bool:
         """True once there are values for a mean."""
-        return len(self.recent) == _AVERAGED
+        return len(self.recent) == self.averaged
 
     @property
     def span(self) -> float:
@@ -92,13 +101,22 @@ class State:
     detectors: dict[str, Detector] = field(default_factory=dict)
     families: dict[str, float] = field(default_factory=dict)
     reward: Reward = field(default_factory=Reward)
+    slow_reward: Reward = field(default_factory=lambda: Reward(SLOW))
     true_reward: Reward = field(default_factory=Reward)
+    first_entropies: list[float] = field(default_factory=list)
     past: dict[str, deque[tuple[int, float]]] = field(default_factory=dict)
+
+    def first_entropy(self) -> float:
+        """Median of the first 20 entropies; NaN before there are as many."""
+        return median(self.first_entropies) if len(self.first_entropies) == SLOW else math.nan
 
     def remember(self, step: int, readings: Mapping[str, float]) -> None:
         """Take a step in."""
         self.step, self.readings = step, readings
         self.row += 1
+        entropy = readings.get("entropy", math.nan)
+        if math.isfinite(entropy) and len(self.first_entropies) < SLOW:
+            self.first_entropies.append(entropy)
         for name, value in readings.items():
             self.past.setdefault(name, deque(maxlen=_KEPT)).append((step, value))
 

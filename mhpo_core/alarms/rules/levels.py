@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from mhpo_core.alarms.rules.base import CRITICAL, WARNING, Finding, State
 
 _RECENT = 20  # rows of the median that a sudden change is compared with
+_LONG = 200  # rows of a median that an explosion of a hundred steps does not move
 
 
 def _repeated(state: State, reading: str, rows: int, needed: int, beyond: float) -> int | None:
@@ -87,7 +88,7 @@ class GradientExplosion:
     def evaluate(self, state: State) -> Iterator[Finding]:
         """Three of the last five rows, this one among them; zeros are dead steps and not in the median."""
         s = state.settings
-        history = [v for _, v in state.last("grad_norm", s.window + 5)[:-5] if 0 < v < math.inf]
+        history = [v for _, v in state.last("grad_norm", _LONG + 5)[:-5] if 0 < v < math.inf]
         if len(history) < s.warm_up:
             return
         usual = sorted(history)[len(history) // 2]
