@@ -72,8 +72,8 @@ def moving_mean(reward: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def below_half_until_the_end(means: NDArray[np.float64]) -> int | None:
-    """First index from which on every mean is below half of the largest one so far, or None."""
-    count = trailing(means < np.maximum.accumulate(means) / 2)
+    """First index from which on every mean is below half of the largest one, which then lies before it; or None."""
+    count = trailing(means < means.max() / 2)
     return len(means) - count if count else None
 
 
