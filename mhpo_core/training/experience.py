@@ -30,7 +30,9 @@ class Experience:
         rollout: the completions.
         logp_rollout: (B, T), nats, as the sampler reports them.
         logp_old: (B, T), nats, what the ratio is taken against.
-        reward, advantage: (B,).
+        reward: (B,), what the trainer sees.
+        true_reward: (B,), the task's own.
+        advantage: (B,).
         prompts: B prompts, each repeated over its group.
         completions: B texts.
         iteration: that sampled them.
@@ -40,6 +42,7 @@ class Experience:
     logp_rollout: Tensor
     logp_old: Tensor
     reward: Tensor
+    true_reward: Tensor
     advantage: Tensor
     prompts: list[Prompt]
     completions: list[str]
@@ -75,15 +78,19 @@ def collect(policy: Policy, task: Task, config: Config, iteration: int) -> Exper
         generator=seeded(policy.device, config.seed, "sample", iteration),
     )
     completions = _unpadded(rollout)
-    reward = torch.tensor([task.reward(p, c) for p, c in zip(prompts, completions, strict=True)], device=policy.device)
+    judged = [task.reward(p, c) for p, c in zip(prompts, completions, strict=True)]
+    true_reward = torch.tensor(judged, device=policy.device)
+    reward = config.fault.reward(true_reward, completions, iteration)
     normalize_std = settings.normalize_std and config.objective.normalizes_std
+    advantage = group_advantages(reward, settings.group_size, normalize_std=normalize_std)
     logp_rollout = config.fault.report(rollout.logp, iteration, seeded("cpu", config.seed, "fault", iteration))
     return Experience(
         rollout=rollout,
         logp_rollout=logp_rollout,
         logp_old=_OLD_POLICIES[settings.old_policy](policy, rollout, logp_rollout, config),
         reward=reward,
-        advantage=group_advantages(reward, settings.group_size, normalize_std=normalize_std),
+        true_reward=true_reward,
+        advantage=config.fault.advantage(advantage, completions, iteration),
         prompts=prompts,
         completions=[task.decode(c) for c in completions],
         iteration=iteration,

@@ -257,6 +257,8 @@ class _Trainer:
             "reward_batch_mean": self.position.rewards[-1],
             "skipped_steps": self.position.skipped_steps,
         }
+        if config.fault.has_proxy:
+            metrics["true_reward_mean"] = float(experience.true_reward[rows].mean())
         self.sink.record(
             self.position.step,
             batch,

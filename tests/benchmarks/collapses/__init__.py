@@ -1,0 +1,1 @@
+"""Labelled collapses of the training core and their healthy twins, with every store a run leaves."""
