@@ -86,16 +86,21 @@ def updates_of(manifest: Mapping[str, Any]) -> int:
 
 
 def check(
-    run: Run, settings: Settings | None = None, incidents: Incidents | None = None
+    run: Run,
+    settings: Settings | None = None,
+    incidents: Incidents | None = None,
+    progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[Alarm], AlarmEngine]:
     """Every alarm of a stored run, as a live engine would have raised them, and the engine at its end.
 
     Args:
         incidents: told of every evaluation.
+        progress: called with the number of steps judged so far.
     """
     engine = engine_for(run, settings)
     alarms: list[Alarm] = []
-    for s in summaries_of(run):
+    for number, s in enumerate(summaries_of(run), start=1):
+        progress(number)
         found = engine.observe(s.step, s.scalars, s.layers)
         alarms += found.alarms
         if incidents is not None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +21,7 @@ from collectors.writers import has_writer
 from mhpo_core.alarms import CRITICAL, MODES, WARNING, Alarm, AlarmEngine, Settings
 
 _FINDING = 1
+_TOLD_EVERY = 1000
 _SEVERITIES = (WARNING, CRITICAL)
 
 
@@ -47,18 +49,33 @@ def run(options: argparse.Namespace) -> int:
     for name, path in named_runs(options.runs).items():
         with open_run(path) as opened:
             first: list[Alarm] = []
-            alarms, engine = stored_alarms.check(opened, settings, Incidents(settings.clear, first.append))
+            alarms, engine = stored_alarms.check(
+                opened, settings, Incidents(settings.clear, first.append), _progress(name)
+            )
             if not options.changes:
                 _store(opened, alarms)
             if options.notify:
                 _tell(name, opened, first)
             found[name] = [with_evidence(opened, alarm) for alarm in alarms]
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")
         if not options.json:
             _print(name, alarms, engine)
     if options.json:
         print(json.dumps(_json(found), indent=2, allow_nan=False))
     failing = _SEVERITIES[_SEVERITIES.index(options.fail_on) :] if options.fail_on else ()
     return _FINDING if any(a["severity"] in failing for alarms in found.values() for a in alarms) else 0
+
+
+def _progress(name: str) -> Callable[[int], None]:
+    """Counts steps on a terminal, and nowhere else."""
+
+    def told(steps: int) -> None:
+        if steps % _TOLD_EVERY == 0:
+            sys.stderr.write(f"\r\x1b[Kcheck {visible(name, 60)}: {steps:,} steps")
+            sys.stderr.flush()
+
+    return told if sys.stderr.isatty() else lambda steps: None
 
 
 def _store(opened: Run, alarms: list[Alarm]) -> None:

@@ -19,6 +19,11 @@ def test_the_guide_names_every_rule_family_and_signal() -> None:
         assert f"`{name}" in GUIDE, name
 
 
+def test_the_guide_says_what_is_healthy_as_the_signals_do() -> None:
+    for signal in SIGNALS.values():
+        assert f"| `{signal.name}` | {signal.label} | {signal.healthy} | {signal.source} |" in GUIDE, signal.name
+
+
 def test_the_example_of_the_guide_alarms(capsys) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
