@@ -16,7 +16,7 @@ from typing import Any
 from mhpo_core.alarms.detector import Detector
 from mhpo_core.alarms.modes import Sign, advice_for, mode_of
 from mhpo_core.alarms.readings import readings_of
-from mhpo_core.alarms.rules import CRITICAL, RULES, WARNING, Finding, Rule, State, fused_score
+from mhpo_core.alarms.rules import CRITICAL, RULES, WARNING, Finding, LastCritical, Rule, State, fused_score
 from mhpo_core.alarms.settings import Settings
 from mhpo_core.alarms.signals import FAMILIES, SIGNALS, Signal
 
@@ -82,11 +82,10 @@ class Evaluation:
 
 @dataclass
 class _Raised:
-    """When a rule last held, so that it raises once per episode."""
+    """When a rule last held, and when it has raised what since it began to."""
 
     row: int
-    severity: str
-    raised: set[str] = field(default_factory=set)
+    raised: dict[str, int] = field(default_factory=dict)
 
 
 class AlarmEngine:
@@ -146,6 +145,9 @@ class AlarmEngine:
             if finding.rule not in held or finding.severity == CRITICAL:
                 held[finding.rule] = finding
         alarms = tuple(alarm for finding in held.values() for alarm in self._raise(finding))
+        for alarm in alarms:
+            if alarm.severity == CRITICAL:
+                state.critical = LastCritical(alarm.id, state.row, alarm.mode, alarm.onset_step)
         level = max((f.severity for f in held.values()), key=(WARNING, CRITICAL).index, default="")
         signals = {name: d.score for name, d in state.detectors.items() if d.score > 0}
         return Evaluation(step, level, fused_score(state), signals, alarms)
@@ -172,14 +174,16 @@ class AlarmEngine:
         return max(self._lagged[signal.name])
 
     def _raise(self, finding: Finding) -> Iterable[Alarm]:
-        """The alarm if the rule did not hold lately, or holds more severely now."""
+        """The alarm if the rule did not hold lately, holds more severely now, or is critical for long."""
         row, episode = self._state.row, self._episodes.get(finding.rule)
         if episode is None or row - episode.row > self.settings.clear:
-            episode = self._episodes[finding.rule] = _Raised(row, finding.severity)
+            episode = self._episodes[finding.rule] = _Raised(row)
         episode.row = row
-        if finding.severity in episode.raised or CRITICAL in episode.raised:
+        is_critical = finding.severity == CRITICAL
+        told = [at for severity, at in episode.raised.items() if severity == CRITICAL or not is_critical]
+        if told and not (is_critical and row - max(told) >= self.settings.remind):
             return
-        episode.raised.add(finding.severity)
+        episode.raised[finding.severity] = row
         yield self._alarm(finding)
 
     def _alarm(self, finding: Finding) -> Alarm:

@@ -42,6 +42,8 @@ class Settings:
         dead_groups: share of groups with equal rewards, three rows in a row.
         entropy_left: share of its first entropy below which, with `reward_kept` and `dead_half`, it is spent.
         dead_half: share of groups with equal rewards, on average over twenty rows.
+        remind: rows after which a critical alarm is said again, while its rule holds or the run has not come back.
+        recovered: share of the best reward that a run has come back with.
         nonfinite_rows: rows of the last twenty with a NaN in the gradient norm that are critical; one is a warning.
         projected_mismatch: KL of sampler and trainer, nats, at which training has been seen to fail.
         projected_rows: rows to that point, along the slope, that are a warning.
@@ -74,6 +76,8 @@ class Settings:
     dead_groups: float = 0.8
     entropy_left: float = 0.25
     dead_half: float = 0.5
+    remind: int = 20
+    recovered: float = 0.75
     nonfinite_rows: int = 3
     projected_mismatch: float = 0.05
     projected_rows: int = 50

@@ -42,6 +42,20 @@ class Finding:
     onset_step: int | None = None
 
 
+@dataclass(frozen=True)
+class LastCritical:
+    """The newest critical alarm.
+
+    Args:
+        row: when it was raised.
+    """
+
+    id: str
+    row: int
+    mode: str
+    onset_step: int
+
+
 @dataclass
 class Reward:
     """How a reward has fared, by means over several rows, so that one bad batch is no fall.
@@ -100,6 +114,7 @@ class State:
     readings: Mapping[str, float] = field(default_factory=dict)
     detectors: dict[str, Detector] = field(default_factory=dict)
     families: dict[str, float] = field(default_factory=dict)
+    critical: LastCritical | None = None
     reward: Reward = field(default_factory=Reward)
     slow_reward: Reward = field(default_factory=lambda: Reward(SLOW))
     true_reward: Reward = field(default_factory=Reward)
