@@ -67,7 +67,7 @@ def test_save(monkeypatch, tmp_path):
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_lower_lr_halves_every_later_step_also_after_a_resume(monkeypatch, tmp_path, schedule):
     settings = {"lr_scheduler_type": schedule, "save_strategy": "steps", "save_steps": 4}
     usual = rates(trained(monkeypatch, tmp_path / "usual", None, **settings))
