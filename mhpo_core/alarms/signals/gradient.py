@@ -23,7 +23,7 @@ FAMILY = Family(
         Signal(
             "layer_gradient",
             _NAME,
-            "gradient norm of the layer that stands out most, against its own median",
+            "largest rise of a layer's gradient over its own median",
             "layer_gradient",
             scale=log_from(0.1),
             floor=0.5,
