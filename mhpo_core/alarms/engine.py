@@ -16,7 +16,17 @@ from typing import Any
 from mhpo_core.alarms.detector import Detector
 from mhpo_core.alarms.modes import Sign, advice_for, mode_of
 from mhpo_core.alarms.readings import readings_of
-from mhpo_core.alarms.rules import CRITICAL, RULES, WARNING, Finding, LastCritical, Rule, State, fused_score
+from mhpo_core.alarms.rules import (
+    CRITICAL,
+    RULES,
+    WARNING,
+    Finding,
+    LastCritical,
+    Rule,
+    State,
+    fused_score,
+    recovered_share,
+)
 from mhpo_core.alarms.settings import Settings
 from mhpo_core.alarms.signals import FAMILIES, SIGNALS, Signal
 
@@ -145,9 +155,11 @@ class AlarmEngine:
             if finding.rule not in held or finding.severity == CRITICAL:
                 held[finding.rule] = finding
         alarms = tuple(alarm for finding in held.values() for alarm in self._raise(finding))
-        for alarm in alarms:
-            if alarm.severity == CRITICAL:
-                state.critical = LastCritical(alarm.id, state.row, alarm.mode, alarm.onset_step)
+        if recovered_share(state) >= self.settings.recovered:
+            state.critical = None
+        for alarm in (a for a in alarms if a.severity == CRITICAL):
+            before = self._usual_reward() if state.critical is None else state.critical.reward
+            state.critical = LastCritical(alarm.id, state.row, alarm.mode, alarm.onset_step, before)
         level = max((f.severity for f in held.values()), key=(WARNING, CRITICAL).index, default="")
         signals = {name: d.score for name, d in state.detectors.items() if d.score > 0}
         return Evaluation(step, level, fused_score(state), signals, alarms)
@@ -239,6 +251,9 @@ class AlarmEngine:
         before = [v for v in norms[:-1] if math.isfinite(v)]
         usual = median(before) if before else math.nan
         return usual, norms[-1] / usual if usual > 0 else math.nan
+
+    def _usual_reward(self) -> float:
+        return self._state.typical("reward", self.settings.window)
 
     def _usual(self, name: str) -> float:
         return self._state.typical(SIGNALS[name].reading, self.settings.window)

@@ -43,7 +43,7 @@ class Settings:
         entropy_left: share of its first entropy below which, with `reward_kept` and `dead_half`, it is spent.
         dead_half: share of groups with equal rewards, on average over twenty rows.
         remind: rows after which a critical alarm is said again, while its rule holds or the run has not come back.
-        recovered: share of the best reward that a run has come back with.
+        recovered: share of the reward before a critical alarm with which a run has come back.
         nonfinite_rows: rows of the last twenty with a NaN in the gradient norm that are critical; one is a warning.
         projected_mismatch: KL of sampler and trainer, nats, at which training has been seen to fail.
         projected_rows: rows to that point, along the slope, that are a warning.

@@ -13,7 +13,7 @@ from mhpo_core.alarms.rules.levels import (
 )
 from mhpo_core.alarms.rules.nonfinite import NonFinite
 from mhpo_core.alarms.rules.trend import MismatchProjection
-from mhpo_core.alarms.rules.unrecovered import Unrecovered
+from mhpo_core.alarms.rules.unrecovered import Unrecovered, recovered_share
 
 RULES: tuple[Rule, ...] = (
     NonFinite(), MismatchLevel(), EntropyExplosion(), GradientExplosion(), ColdDivergence(), Saturated(),
@@ -21,4 +21,15 @@ RULES: tuple[Rule, ...] = (
     MismatchProjection(), ImpossibleTokens(), SingleSignal(),
 )  # fmt: skip
 
-__all__ = ["CRITICAL", "RULES", "WARNING", "Finding", "LastCritical", "Reward", "Rule", "State", "fused_score"]
+__all__ = [
+    "CRITICAL",
+    "RULES",
+    "WARNING",
+    "Finding",
+    "LastCritical",
+    "Reward",
+    "Rule",
+    "State",
+    "fused_score",
+    "recovered_share",
+]

@@ -48,12 +48,14 @@ class LastCritical:
 
     Args:
         row: when it was raised.
+        reward: median before the first critical alarm from which the run has not come back; NaN where not known.
     """
 
     id: str
     row: int
     mode: str
     onset_step: int
+    reward: float
 
 
 @dataclass
@@ -91,10 +93,10 @@ class Reward:
         """Highest minus lowest value so far."""
         return max(0.0, self.highest - self.lowest)
 
-    def kept(self, value: float) -> float:
-        """The share of the best mean that a value is, counted from 0 or the lowest value, whichever is lower."""
-        bottom = min(self.lowest, 0.0)
-        return (value - bottom) / (self.best - bottom) if self.best - bottom > 1e-6 else math.nan
+    def kept(self, value: float, of: float | None = None) -> float:
+        """The share of the best mean, or of another value, that a value is, from 0 or the lowest one below it."""
+        bottom, of = min(self.lowest, 0.0), self.best if of is None else of
+        return (value - bottom) / (of - bottom) if of - bottom > 1e-6 else math.nan
 
 
 @dataclass

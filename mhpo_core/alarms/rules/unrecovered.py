@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from statistics import fmean
 
@@ -15,14 +16,20 @@ class Unrecovered:
     about = "the reward has not come back since a critical alarm"
 
     def evaluate(self, state: State) -> Iterator[Finding]:
-        """The mean of three rewards, `remind` rows after the newest critical alarm."""
-        s, last = state.settings, state.critical
-        if last is None or "reward" not in state.readings or not state.reward.full:
-            return
-        kept = state.reward.kept(fmean(state.reward.recent))
-        if state.row - last.row >= s.remind and kept < s.recovered:
+        """Every `remind` rows after the newest critical alarm."""
+        last, kept = state.critical, recovered_share(state)
+        if last is not None and kept < state.settings.recovered:
             yield Finding(
                 self.name, CRITICAL,
-                f"the reward is at {kept:.0%} of its best, {state.row - last.row} logged steps after {last.id}", kept,
-                s.recovered, ("reward_fall",), mode=last.mode, onset_step=last.onset_step,
+                f"the reward is at {kept:.0%} of what it was, {state.row - last.row} logged steps after {last.id}",
+                kept, state.settings.recovered, ("reward_fall",), mode=last.mode, onset_step=last.onset_step,
             )  # fmt: skip
+
+
+def recovered_share(state: State) -> float:
+    """Mean of three rewards over that before the critical alarm; NaN before `remind` rows, or where it is not known."""
+    last = state.critical
+    due = last is not None and state.row - last.row >= state.settings.remind
+    if last is None or not due or "reward" not in state.readings or not state.reward.full:
+        return math.nan
+    return state.reward.kept(fmean(state.reward.recent), last.reward)

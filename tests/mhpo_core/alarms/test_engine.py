@@ -218,3 +218,14 @@ def test_settings_are_changed_by_name_and_refuse_nonsense():
     for bad in ({"critcal": 1.0}, {"critical": 0.0}, {"critical": math.nan}, {"memory": 2.5}):
         with pytest.raises(ConfigError, match="allowed are"):
             Settings().changed(bad)
+
+
+def test_a_run_that_does_not_come_back_is_said_again_and_one_that_does_is_not():
+    rows = healthy(220)
+    for row in rows[120:126]:
+        row.update(grad_norm=900.0, reward_mean=0.1)
+    back = [a.step for a in critical(watch(rows)) if a.rule == "unrecovered"]
+    for row in rows[126:]:
+        row["reward_mean"] = 0.2
+    lost = [a.step for a in critical(watch(rows)) if a.rule == "unrecovered"]
+    assert back == [] and len(lost) >= 3 and set(np.diff(lost)) == {20}
