@@ -15,7 +15,8 @@ _LOG = logging.getLogger(__name__)
 class Incidents:
     """Tells the first critical alarm of every incident.
 
-    It ends when no rule held, not even as a warning, for as many rows in a row as after which a rule may raise again.
+    It ends when no rule held, not even as a warning, for as many rows in a row as after which a rule may raise again,
+    and the reward is back where it is known.
 
     Args:
         clear: those rows, `Settings.clear`.
@@ -48,7 +49,7 @@ class Incidents:
         """
         first = next((a for a in found.alarms if a.severity == CRITICAL), None)
         now = self._clock()
-        self._quiet = 0 if found.level else self._quiet + 1
+        self._quiet = 0 if found.level or found.lasting else self._quiet + 1
         if self._quiet >= self._clear:
             self._told = None
         if first is not None and (self._told is None or now - self._told >= self._again_after):

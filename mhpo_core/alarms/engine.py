@@ -81,6 +81,7 @@ class Evaluation:
         score: fused score of all families.
         signals: cumulative sum of every signal that has one.
         alarms: raised at this step.
+        lasting: there was a critical alarm, and the reward has not come back since.
     """
 
     step: int
@@ -88,6 +89,7 @@ class Evaluation:
     score: float
     signals: dict[str, float]
     alarms: tuple[Alarm, ...]
+    lasting: bool = False
 
 
 @dataclass
@@ -162,7 +164,8 @@ class AlarmEngine:
             state.critical = LastCritical(alarm.id, state.row, alarm.mode, alarm.onset_step, before)
         level = max((f.severity for f in held.values()), key=(WARNING, CRITICAL).index, default="")
         signals = {name: d.score for name, d in state.detectors.items() if d.score > 0}
-        return Evaluation(step, level, fused_score(state), signals, alarms)
+        lasting = state.critical is not None and math.isfinite(state.critical.reward)
+        return Evaluation(step, level, fused_score(state), signals, alarms, lasting)
 
     def _detect(self, step: int, readings: Mapping[str, float]) -> None:
         strongest = dict.fromkeys(FAMILIES, 0.0)

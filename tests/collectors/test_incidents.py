@@ -20,10 +20,10 @@ def alarm(step: int, severity: str = CRITICAL) -> Alarm:
 
 
 def evaluation(step: int, text: str) -> Evaluation:
-    """A: a critical alarm is raised; c: one holds; w: a warning is raised; anything else: quiet."""
+    """A: a critical alarm is raised; c: one holds; w: a warning is raised; l: it is not back; else: quiet."""
     level = {"A": CRITICAL, "c": CRITICAL, "w": WARNING}.get(text, "")
     alarms = {"A": (alarm(step), alarm(step)), "w": (alarm(step, WARNING),)}.get(text, ())
-    return Evaluation(step, level, 0.0, {}, alarms)
+    return Evaluation(step, level, 0.0, {}, alarms, lasting=text == "l")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,7 @@ def evaluation(step: int, text: str) -> Evaluation:
         ("Acc..A..A...A", [0, 12]),
         ("AwwwA...A", [0, 8]),
         ("wA..A.w.A", [1]),
+        ("AllllAllll...A", [0, 13]),
     ],
 )
 def test_an_incident_ends_with_quiet_rows(rows: str, told: list[int]) -> None:

@@ -229,3 +229,15 @@ def test_a_run_that_does_not_come_back_is_said_again_and_one_that_does_is_not():
         row["reward_mean"] = 0.2
     lost = [a.step for a in critical(watch(rows)) if a.rule == "unrecovered"]
     assert back == [] and len(lost) >= 3 and set(np.diff(lost)) == {20}
+
+
+def test_an_alarm_lasts_until_the_reward_is_back():
+    rows = healthy(220)
+    for row in rows[120:126]:
+        row.update(grad_norm=900.0, reward_mean=0.1)
+    lasting = [e.step for e in evaluations(rows) if e.lasting]
+    first = critical(watch(rows))[0].step
+    assert lasting[0] == first and lasting == list(range(first, lasting[-1] + 1)) and 140 <= lasting[-1] < 150
+    for row in rows:
+        del row["reward_mean"]
+    assert not any(e.lasting for e in evaluations(rows)), "without a reward nobody knows"
