@@ -58,7 +58,7 @@ class Settings:
     full: float = 8.0
     excess: float = 1.0
     memory: int = 8
-    critical: float = 2.2
+    critical: float = 2.3
     leading: float = 4.0
     second: float = 3.0
     clear: int = 5

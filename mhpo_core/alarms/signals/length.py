@@ -7,7 +7,7 @@ from mhpo_core.alarms.signals.base import Family, Signal, linear, log_from
 _NAME = "length"
 FAMILY = Family(
     _NAME,
-    weight=1.1,
+    weight=1.2,
     label="length",
     signals=(
         Signal(
