@@ -53,7 +53,7 @@ POLICIES = [
 def test_the_answers_before_and_after_sealing_are_equal(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(store, "GRACE_SECONDS", -1.0)  # otherwise steps stay in the ring until the run ends
     run, n = tmp_path / "run", 64
-    writer = new_recorder(run, **policy)
+    writer = new_recorder(run, alarms=None, **policy)
     for step in (0, 1, 4, 2, 3):
         metrics = {"lr": step / 8, "nan": float("nan")}
         completion = ["a", None, "c", "d"] * (n // 4)
