@@ -50,6 +50,7 @@ class RankAlarms:
         self._storage, self._settings, self._updates = storage, settings, updates_per_iteration
         self._keep, self._told, self._incidents = keep, told, incidents
         self._known = stored_ids(storage)
+        self._warned = False
         self._begin(0)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mhpo-alarms", daemon=True)
@@ -83,8 +84,12 @@ class RankAlarms:
                     self._raise(alarm, attempt)
                 for incidents in self._incidents:
                     incidents.observe(found, past=past)
-        except (OSError, pa.ArrowException) as error:  # a file went since the listing; the next poll sees it elsewhere
-            _LOG.debug("alarms: %s", error)
+        except FileNotFoundError:  # sealed since the listing; the next poll sees it elsewhere
+            return
+        except Exception:  # a run that nobody watches is better than a training that ends
+            if not self._warned:
+                self._warned = True
+                _LOG.warning("Recorder: the run cannot be watched for alarms now; training goes on.", exc_info=True)
 
     def _raise(self, alarm: Alarm, attempt: int) -> None:
         if (alarm.id, attempt) in self._known:

@@ -135,8 +135,8 @@ def test_data_is_called_stale_while_the_writer_lives(folder: Path, monkeypatch: 
         recorder.record(0, token_batch(0))
         follower = session.follow("run")
         give_up = time.monotonic() + 40
-        while json.loads(follower.payload("all"))["level"] != "warning":
-            assert time.monotonic() < give_up
+        while (shown := json.loads(follower.payload("all")))["level"] != "warning":
+            assert time.monotonic() < give_up, (shown["level"], shown["state"], shown["banner"], shown["step"])
             time.sleep(0.05)
         shown = json.loads(follower.payload("all"))
         assert shown["state"] == "running" and "No new step for a while" in shown["banner"]

@@ -162,3 +162,17 @@ def test_a_step_waits_for_a_rank_that_is_behind(tmp_path: Path) -> None:
             record(second, step)
     first._watch._ranks._poll()
     assert first._watch._ranks._last == 5
+
+
+def test_watching_that_fails_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(rows: object) -> None:
+        raise ValueError("a row of another kind")
+
+    monkeypatch.setattr("collectors.rank_alarms.merge_ranks", fails)
+    with new_recorder(tmp_path / "run", rank=0, world_size=2, launch="one") as writer:
+        for step in range(3):
+            record(writer, step)
+    assert "cannot be watched" in caplog.text and "a row of another kind" in caplog.text
+    assert rows(tmp_path / "run", "SELECT kind FROM events")[-1] == ("finished",)
