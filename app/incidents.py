@@ -47,23 +47,25 @@ class IncidentReader:
 
     def read(self, path: Path) -> Incidents:
         """The alarms of everything that is committed now."""
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 if path not in self._watched:
                     self._watched[path] = _Watched(open_run(path))
                 self._watched.move_to_end(path)
                 while len(self._watched) > _KEPT:
-                    self._watched.popitem(last=False)[1].run.close()
-                return self._watched[path].read()
-            except (StoreError, pa.ArrowException, duckdb.Error, OSError) as error:
+                    self._watched.popitem(last=False)[1].close()
+                watched = self._watched[path]
+            return watched.read()
+        except (StoreError, pa.ArrowException, duckdb.Error, OSError) as error:
+            with self._lock:
                 self._watched.pop(path, None)
-                return Incidents(problem=str(error).splitlines()[0])
+            return Incidents(problem=str(error).splitlines()[0])
 
     def close(self) -> None:
         """Close every run."""
         with self._lock:
             while self._watched:
-                self._watched.popitem()[1].run.close()
+                self._watched.popitem()[1].close()
 
 
 class _Watched:
@@ -71,7 +73,13 @@ class _Watched:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._lock = threading.Lock()  # a long run takes a while, and nobody who looks at another one waits for it
         self._begin()
+
+    def close(self) -> None:
+        """Close the run, once nobody reads it."""
+        with self._lock:
+            self.run.close()
 
     def _begin(self) -> None:
         self._engine, self._last, self._steps, self._attempt = engine_for(self.run), -1, 0, 0
@@ -79,6 +87,11 @@ class _Watched:
         self._told = Incidents(missing=self._engine.missing)
 
     def read(self) -> Incidents:
+        """What is known now."""
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> Incidents:
         if not self.run.refresh() and self._steps:
             return self._told
         attempt = max((f.attempt for f in self.run.files.rollup), default=0)

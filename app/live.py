@@ -30,6 +30,9 @@ STALE_SECONDS = 30.0
 
 DISK_SECONDS = 5.0
 ALARM_SECONDS = 1.0
+ALARM_STEPS = 200
+"""An alarm that is further back is on its page alone: while a run stays broken it is said again every 20 steps."""
+
 MAX_COLUMNS = 2000
 """Of a zoomed window; more cannot be told apart on a screen."""
 
@@ -114,7 +117,8 @@ def _content(
     with tail.locked():
         manifest = tail.manifest
         level, text = _banner(tail, stale)
-        if alarm is not None and level in ("ok", "idle"):
+        recent = alarm is not None and tail.last is not None and tail.last.step - alarm["step"] <= ALARM_STEPS
+        if alarm is not None and recent and level in ("ok", "idle"):
             title = MODES[alarm["mode"]].title if alarm["mode"] in MODES else visible(alarm["mode"])
             level, text = "critical", f"Alarm at step {alarm['step']:,}: {title}. {text or 'The page Alarms says why.'}"
         return {

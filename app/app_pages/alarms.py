@@ -107,7 +107,8 @@ def show(alarm: dict[str, Any], opened: bool) -> None:
 @st.fragment(run_every=REFRESH_SECONDS)
 def incidents(run: str) -> None:
     """The alarms of what is committed now."""
-    found = incidents_of(run)
+    with st.spinner("Judging the steps…"):
+        found = incidents_of(run)
     if found.problem:
         st.text(visible(found.problem, 300))
         return
