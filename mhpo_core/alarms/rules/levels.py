@@ -73,10 +73,8 @@ class EntropyExplosion:
         onset = _repeated(state, "entropy", 3, 2, bound)
         if onset is not None:
             value = state.readings["entropy"]
-            yield Finding(
-                self.name, CRITICAL, f"entropy is {value:.3g} nats, its median was {usual:.3g}", value, bound,
-                ("entropy_rise",), onset_step=onset,
-            )  # fmt: skip
+            text = f"entropy is {value:.3g} nats, its median was {usual:.3g}"
+            yield Finding(self.name, CRITICAL, text, value, bound, ("entropy_rise",), onset_step=onset)
 
 
 class GradientExplosion:
@@ -96,10 +94,8 @@ class GradientExplosion:
         onset = _repeated(state, "grad_norm", 5, 3, bound)
         if onset is not None:
             value = state.readings["grad_norm"]
-            yield Finding(
-                self.name, CRITICAL, f"gradient norm is {value:.3g}, its median was {usual:.3g}", value, bound,
-                ("grad_norm",), onset_step=onset,
-            )  # fmt: skip
+            text = f"gradient norm is {value:.3g}, its median was {usual:.3g}"
+            yield Finding(self.name, CRITICAL, text, value, bound, ("grad_norm",), onset_step=onset)
 
 
 class ColdDivergence:
